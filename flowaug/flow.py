@@ -1,0 +1,115 @@
+"""Flow = bijection + class Gaussians."""
+
+import torch
+from torch import Tensor, nn
+
+from flowaug.bijections import Bijection
+from flowaug.gaussians import ClassGaussians
+from flowaug.pixels import bits_per_dim, dequantise
+
+
+class Flow(nn.Module):
+    r"""A conditional normalizing flow whose label lives only in its class Gaussians.
+
+    .. math:: \log p(x \mid y) = \log N(f(x); \mu_y, \Sigma_y) + \log |\det \partial f / \partial x|
+
+    ``decode`` is therefore one plain function for every class (Enescu & Sahbi, BMVC 2024).
+
+    Args:
+        bijection: maps images (B, C, H, W) to vectors (B, D).
+        gaussians: class Gaussians over the D latent dimensions.
+        event_shape: (C, H, W).
+        grey_levels: number of grey levels of the images.
+        config: what ``create_flow`` needs to build this flow again.
+
+    Example:
+        >>> from flowaug import create_flow
+        >>> flow = create_flow("mef_tiny", event_shape=(1, 8, 8), num_classes=10)
+        >>> x = torch.rand(4, 1, 8, 8)
+        >>> z, ladj = flow.encode(x)
+        >>> bool((flow.decode(z) - x).abs().max() < 1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        bijection: Bijection,
+        gaussians: ClassGaussians,
+        event_shape: tuple[int, int, int],
+        grey_levels: int = 256,
+        config: dict | None = None,
+    ):
+        super().__init__()
+        self.bijection = bijection
+        self.gaussians = gaussians
+        self.event_shape = tuple(event_shape)
+        self.grey_levels = grey_levels
+        self.config = config or {}
+        self.class_names: tuple[str, ...] | None = None  # in label order; set by load_flow and train_flow.py
+
+    @property
+    def dim(self) -> int:
+        """Number of latent dimensions D = C·H·W."""
+        c, h, w = self.event_shape
+        return c * h * w
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map images to latents.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1], dequantised or not, in the dtype of the flow.
+
+        Returns:
+            Latents (B, D) and ``ladj`` (B,) in nats.
+        """
+        self._check(x, self.event_shape, "images (B, C, H, W) of")
+        return self.bijection(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map latents (B, D) back to images (B, C, H, W); not clamped to [0, 1]."""
+        self._check(z, (self.dim,), "latents (B, D) of")
+        return self.bijection.inverse(z)
+
+    def _check(self, x: Tensor, shape: tuple[int, ...], what: str) -> None:
+        if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
+            raise ValueError(f"this flow takes {what} shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+        dtype = self.gaussians.mean.dtype
+        if x.dtype != dtype:
+            raise TypeError(f"this flow computes in {dtype}, got a tensor of {x.dtype}; convert it with x.to({dtype})")
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Log-density (B,) in nats: of x given its label (B,), or of x alone when ``y`` is None (uniform prior)."""
+        z, ladj = self.encode(x)
+        if y is None:
+            return self.gaussians.log_joint(z).logsumexp(1) + ladj
+        return self.gaussians.log_prob(z, y) + ladj
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Same as ``log_prob``: what a data-parallel wrapper calls in training."""
+        return self.log_prob(x, y)
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """``log p(x, y)`` (B, K) for every class under a uniform prior; its argmax classifies ("NF-Acc")."""
+        z, ladj = self.encode(x)
+        return self.gaussians.log_joint(z) + ladj[:, None]
+
+    @torch.no_grad()
+    def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one image per label: ``y`` (B,) to (B, C, H, W) in [0, 1]; ``temperature`` scales the covariance."""
+        return self.decode(self.gaussians.sample(y, temperature, generator)).clamp(0, 1)
+
+    def dequantise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Add the noise of this flow's grey levels to images (B, C, H, W); see ``flowaug.pixels``."""
+        return dequantise(x, self.grey_levels, generator)
+
+    def bits_per_dim(self, log_prob: Tensor) -> Tensor:
+        """Convert ``log_prob`` in nats of *dequantised* images into bits per dimension."""
+        return bits_per_dim(log_prob, self.dim, self.grey_levels)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Set the data-dependent parameters from a batch of dequantised images (B, C, H, W)."""
+        self._check(x, self.event_shape, "images (B, C, H, W) of")
+        if not torch.isfinite(x).all():
+            raise ValueError("the images to initialise on hold NaN or infinite values; expected pixels in [0, 1]")
+        self.bijection.initialise(x)

@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+from flowaug import GaussianParameters, create_flow, list_flows
+from tests.oracles import jacobian_ladj
+
+SMALL = {"steps": 2, "blocks": (1,), "hidden": 8}
+
+
+def small_flow(name="mef_tiny", shape=(1, 4, 8), num_classes=3, seed=0, **overrides):
+    """A flow with random parameters and random class Gaussians, in float64."""
+    flow = create_flow(name, event_shape=shape, num_classes=num_classes, **(SMALL | overrides)).double()
+    generator = torch.Generator().manual_seed(seed)
+    for p in flow.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    mean = torch.randn(num_classes, flow.dim, generator=generator)
+    flow.gaussians.assign_(GaussianParameters(mean, torch.rand(num_classes, flow.dim, generator=generator) + 0.5))
+    return flow
+
+
+@pytest.mark.parametrize("coupling", ["additive", "affine", "matrix_exp"])
+@pytest.mark.parametrize("name", list_flows())
+def test_registered_flows_are_exact(name, coupling):
+    flow = small_flow(name, coupling=coupling)
+    x = torch.rand(2, 1, 4, 8, dtype=torch.float64)
+    z, ladj = flow.encode(x)
+    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ladj, jacobian_ladj(flow.encode, x), rtol=0, atol=1e-9)
+
+
+def test_joint_prob_and_posterior_agree():
+    flow, x = small_flow(), torch.rand(5, 1, 4, 8, dtype=torch.float64)
+    joint = flow.log_joint(x)
+    given = torch.stack([flow.log_prob(x, torch.full((5,), k)) for k in range(3)], 1)
+    torch.testing.assert_close(joint, given - torch.log(torch.tensor(3.0, dtype=torch.float64)))
+    torch.testing.assert_close(flow.log_prob(x), joint.logsumexp(1))
+
+
+def test_density_integrates_to_one():
+    """A flow over 2×2 images of which three pixels are held would not; so integrate all four on a grid."""
+    flow = create_flow("mef_tiny", event_shape=(1, 2, 4), num_classes=1, **SMALL, num_levels=1).double()
+    for p in flow.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(200_000, 8, generator=generator, dtype=torch.float64) * 1.3  # importance sampling in x
+    proposal = torch.distributions.Normal(0, 1.3).log_prob(z).sum(1)
+    mass = (flow.log_prob(z.view(-1, 1, 2, 4)) - proposal).exp()
+    assert mass.mean().item() == pytest.approx(1, abs=5 * mass.std().item() / len(z) ** 0.5)
+    assert mass.std().item() / len(z) ** 0.5 < 0.05
+
+
+def test_float32_round_trip():
+    flow = small_flow(shape=(3, 16, 16)).float()
+    x = torch.rand(8, 3, 16, 16)
+    assert (flow.decode(flow.encode(x)[0]) - x).abs().max() < 1e-4
+
+
+def test_sample_is_deterministic_and_in_range():
+    flow = small_flow().float()
+    y = torch.tensor([0, 1, 2, 2])
+    a, b = (flow.sample(y, 0.5, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.shape == (4, 1, 4, 8)
+    assert 0 <= a.min() <= a.max() <= 1
+
+
+def test_seed_decides_the_start_and_the_global_rng_is_left_alone():
+    before = torch.get_rng_state()
+    flows = [create_flow("mef_tiny", event_shape=(1, 4, 4), num_classes=2, seed=s, **SMALL) for s in (0, 0, 1)]
+    weights = [f.state_dict()["bijection.levels.0.bijections.3.conditioner.stem.weight"] for f in flows]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_paper_size():
+    flow = create_flow("mef_base", event_shape=(3, 32, 32), num_classes=10)
+    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(42.8e6, rel=0.005)
+
+
+def test_initialise_normalises_latents():
+    flow = create_flow("mef_tiny", event_shape=(1, 8, 8), num_classes=2)
+    x = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0] = 0  # a border that never changes
+    flow.initialise(x)
+    z, ladj = flow.encode(x)
+    assert torch.isfinite(z).all()
+    assert torch.isfinite(ladj).all()
+    assert z[:, 30:].std().item() == pytest.approx(1, abs=0.3)
+
+
+BAD_INPUT = [
+    (
+        lambda f: f.encode(torch.zeros(2, 1, 8, 4, dtype=torch.float64)),
+        ValueError,
+        r"takes images .* got \(2, 1, 8, 4\)",
+    ),
+    (lambda f: f.encode(torch.zeros(1, 4, 8, dtype=torch.float64)), ValueError, "takes images"),
+    (lambda f: f.encode(torch.zeros(2, 1, 4, 8)), TypeError, "computes in torch.float64"),
+    (lambda f: f.decode(torch.zeros(2, 31, dtype=torch.float64)), ValueError, "takes latents"),
+    (lambda f: f.initialise(torch.full((2, 1, 4, 8), float("nan"), dtype=torch.float64)), ValueError, "NaN"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_INPUT)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call(small_flow())
+
+
+BAD_MODELS = [
+    (dict(name="mef_tny"), "did you mean 'mef_tiny'"),
+    (dict(event_shape=(1, 7, 8)), "multiples of 2"),
+    (dict(event_shape=(1, 12, 12), num_levels=3), "num_levels=3"),
+    (dict(event_shape=(8, 8)), "expected \\(channels, height, width\\)"),
+    (dict(num_classes=0), "at least 1"),
+    (dict(widht=3), "does not take these overrides"),
+    (dict(coupling="spline"), "expected one of"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_MODELS)
+def test_bad_model(arguments, message):
+    arguments = {"name": "mef_tiny", "event_shape": (1, 8, 8), "num_classes": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        create_flow(arguments.pop("name"), **arguments)
