@@ -1,0 +1,143 @@
+"""Batches of x in [0, 1] from memory, and the classifiers' loader: order and seeds by (seed, epoch)."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def batches(
+    images: torch.Tensor,
+    targets: torch.Tensor | np.ndarray,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    epoch: int = 0,
+    drop_last: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ``x (B, C, H, W)`` float32 in [0, 1] and ``y (B,)`` int64 from tensors in memory.
+
+    The order depends on ``(seed, epoch)`` alone. With ``shuffle`` or ``drop_last`` every rank gets
+    equally many images (fewer than ``world_size`` are left out); otherwise each image goes to one rank.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``.
+        targets: ``(N,)`` labels.
+        batch_size: images per batch and rank.
+        shuffle: visit the images in random order.
+        seed: seed of the order.
+        epoch: a new epoch is a new order.
+        drop_last: leave out the last batch if it is not full.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: lengths that differ, pixels that are not uint8, or no batch at all.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}; expected torch.uint8, as stack_images() returns them")
+    if len(images) != len(targets):
+        raise ValueError(f"{len(images)} images but {len(targets)} targets; batches needs one label per image")
+    order = _share(len(images), shuffle, seed, epoch, shuffle or drop_last, rank, world_size)
+    _check_batch_size(batch_size, len(order), drop_last)
+    labels = torch.as_tensor(targets, dtype=torch.int64)
+    chunks = [c for c in order.split(batch_size) if len(c) == batch_size or not drop_last]
+    return ((images[c.to(images.device)].float() / 255, labels[c.to(labels.device)]) for c in chunks)
+
+
+def create_loader(
+    dataset: Dataset,
+    transform: Callable,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_last: bool = False,
+) -> DataLoader:
+    """A loader of ``(transform(image), label)`` batches for a classifier; ``dataset`` stays as it is.
+
+    Image order and the workers' seeds depend on ``(seed, epoch)``; the epoch advances with each pass, and
+    ``loader.sampler.set_epoch(e)`` resumes at epoch e. Ranks share the images as in :func:`batches`.
+    With ``workers=0`` random transforms draw from the caller's global generators.
+
+    Raises:
+        ValueError: no transform, or no batch at all.
+    """
+    if not callable(transform):
+        raise ValueError(f"transform is {transform!r}; expected a callable from a PIL image to a tensor")
+    view, generator = copy.copy(dataset), torch.Generator()
+    view.transform = transform
+    sampler = EpochSampler(len(view), shuffle, seed, shuffle or drop_last, rank, world_size, generator)
+    _check_batch_size(batch_size, len(sampler), drop_last)
+    return DataLoader(
+        view,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        generator=generator,
+        worker_init_fn=_seed_worker,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class EpochSampler(Sampler):
+    """This rank's share of the indices, in the order of ``(seed, epoch)``; each pass is one epoch."""
+
+    def __init__(self, count, shuffle, seed, even, rank, world_size, generator):
+        self.share = (count, shuffle, seed), (even, rank, world_size)
+        self.generator, self.rank, self.seed = generator, rank, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of ``epoch``: its order, and the seeds of its workers."""
+        self.epoch = epoch
+        self.generator.manual_seed(_mix_seed(self.seed, epoch, self.rank + 1))
+
+    def __iter__(self) -> Iterator[int]:
+        order = _share(*self.share[0], self.epoch, *self.share[1])
+        self.set_epoch(self.epoch + 1)  # the loader has drawn this pass's worker seeds already
+        return iter(order.tolist())
+
+    def __len__(self) -> int:
+        return len(_share(self.share[0][0], False, 0, 0, *self.share[1]))
+
+
+def _share(count, shuffle, seed, epoch, even, rank, world_size) -> torch.Tensor:
+    """The indices that ``rank`` visits in ``epoch``: a strided share of an order that all ranks agree on."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} and world_size {world_size}; expected 0 <= rank < world_size")
+    generator = torch.Generator().manual_seed(_mix_seed(seed, epoch))
+    order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
+    return order[: count // world_size * world_size if even else count][rank::world_size]
+
+
+def _check_batch_size(batch_size: int, share: int, drop_last: bool) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    if drop_last and share < batch_size:
+        raise ValueError(
+            f"batch_size {batch_size} with drop_last=True leaves no batch of the {share} images of this "
+            f"process; set batch_size to at most {share} or drop_last=False"
+        )
+
+
+def _mix_seed(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; unlike a sum, (0, 1) and (1, 0) give different ones."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _seed_worker(worker_id: int) -> None:
+    """Seed the worker's other generators: torch's own is set already, from the loader's and the worker id."""
+    seed = torch.initial_seed() % 2**32
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (transforms of other libraries draw from the global generator)
