@@ -1,0 +1,62 @@
+"""State of a running training on disk, as safetensors + JSON: a killed run resumes from it, nothing is unpickled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowaug.checkpoint import pack, write_atomic
+
+_TENSOR = "__tensor__"
+
+
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {_TENSOR: path}
+    if isinstance(value, dict):
+        return [[k, _split(v, f"{path}/{k}", tensors)] for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return {"items": [_split(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+    return {"value": value}
+
+
+def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return {k: _join(v, tensors) for k, v in tree}
+    if _TENSOR in tree:
+        return tensors[tree[_TENSOR]]
+    if "items" in tree:
+        return [_join(v, tensors) for v in tree["items"]]
+    return tree["value"]
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write nested dictionaries and lists of tensors and JSON values to one file, atomically.
+
+    The structure travels in the header of the safetensors file, so that one rename publishes both.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _split(state, "state", tensors)
+    write_atomic(path, pack(tensors, {"tree": json.dumps(tree)}))
+
+
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Read what ``save_state`` wrote.
+
+    Raises:
+        ValueError: the file is truncated or not a state.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            tree = json.loads(file.metadata()["tree"])
+        return _join(tree, load_file(path, device=str(device)))
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a readable training state ({error}); delete it to start from the beginning"
+        ) from error
