@@ -1,0 +1,300 @@
+"""FlowMixupTransform: batches of images in, batches of images out, whatever their size, dtype or normalisation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flowaug.checkpoint import load_flow, load_pca
+from flowaug.flow import Flow
+from flowaug.mixup import MixPlan, MixPolicy, PlanSampler, mix_latents
+from flowaug.pca import ClasswisePCA
+from flowaug.pixels import quantise
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what PIL's convert("L") uses
+SAFE_RANGE = (-0.5, 1.5)  # pixels a sane decode may reach before clamping
+INPUT_TOLERANCE = 0.05
+
+
+class FlowMixupTransform:
+    """Mix each image with another of its class along the principal axes of the class in a flow's latent space.
+
+    Labels are unchanged. The transform never edits its input and draws from a generator of its own. A sample that
+    cannot be augmented (no partner, NaN, a decode out of range) comes back as it came, and is counted.
+
+    Args:
+        flow: a trained flow.
+        pca: its class axes.
+        p: probability that a sample is augmented.
+        alpha: the partner's share is drawn from Beta(alpha, alpha).
+        partner: "bank" (any training image), "batch" (same label in the batch) or "gaussian" (a draw along the axes).
+        rank: leading axes to move along, None for all fitted.
+        per_axis: one weight per axis instead of one per sample.
+        rescaled: keep the radius that linear mixing shrinks.
+        policy: per class name, any of ``p``, ``alpha``, ``rank``.
+        mean: mean of the classifier's normalisation per channel; None when images are in [0, 1].
+        std: standard deviation of the classifier's normalisation.
+        luminance: let a grey flow move the luminance of RGB images.
+        unknown: labels outside the flow's classes: "error", or "skip" to leave those samples alone.
+        class_names: the data set's class names in label order; an error if the flow's differ.
+        max_outside: refuse a decode with a larger share of pixels outside [−0.5, 1.5].
+        batch_size: samples that go through the flow at a time.
+        seed: seed of the random choices.
+        process_index: rank of this process, so that ranks draw differently.
+
+    Example:
+        >>> from flowaug import FlowMixupTransform
+        >>> transform = FlowMixupTransform.from_pretrained("digits", p=1.0)
+        >>> x, y = torch.zeros(2, 1, 8, 8), torch.tensor([3, 7])
+        >>> transform(x, y)[0].shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        pca: ClasswisePCA,
+        *,
+        p: float = 0.5,
+        alpha: float = 1.0,
+        partner: str = "bank",
+        rank: int | None = None,
+        per_axis: bool = False,
+        rescaled: bool = False,
+        policy: Mapping[str, Mapping[str, float]] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        luminance: bool = False,
+        unknown: str = "error",
+        class_names: Sequence[str] | None = None,
+        max_outside: float = 0.01,
+        batch_size: int = 256,
+        seed: int = 0,
+        process_index: int = 0,
+    ):
+        if unknown not in ("error", "skip"):
+            raise ValueError(f"unknown is {unknown!r}; expected 'error' or 'skip'")
+        check_class_names(flow.class_names, class_names)
+        _check_pair(flow, pca)
+        names = flow.class_names or (tuple(class_names) if class_names else None)
+        table = MixPolicy(p, alpha, rank, policy, names, pca.num_classes, pca.rank)
+        self.flow = flow.eval().requires_grad_(False)
+        self.pca = pca
+        self.sampler = PlanSampler(pca, table, partner, per_axis, rescaled, seed, process_index)
+        self.mean, self.std = _channel_constants(mean, std)
+        self.luminance, self.unknown = luminance, unknown
+        self.max_outside, self.batch_size = max_outside, batch_size
+        self._counts = torch.zeros(4, dtype=torch.int64)
+        self._first = True
+        self.to(flow.gaussians.mean.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: torch.device | str = "cpu", **keywords
+    ) -> "FlowMixupTransform":
+        """Load flow and axes by folder, bundled name, ``local-dir:`` or ``hf-hub:``; keywords as for the class."""
+        return cls(load_flow(source, device), load_pca(source, device), **keywords)
+
+    def to(self, device: torch.device | str) -> "FlowMixupTransform":
+        """Move flow, axes and tables to a device, in place."""
+        self.flow.to(device)
+        self.pca.to(device)
+        self.sampler.policy.to(device)
+        self._counts, self.mean, self.std = (t.to(device) for t in (self._counts, self.mean, self.std))
+        return self
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Augment a batch.
+
+        Args:
+            x: images (B, C, H, W): uint8, or float in [0, 1] or normalised by ``mean`` and ``std``; any size.
+            y: integer labels (B,).
+
+        Returns:
+            New images of the same shape, dtype and layout, and ``y`` itself.
+        """
+        self._check(x, y)
+        return self.apply(x, y, self.plan(y)), y
+
+    def plan(self, y: Tensor) -> MixPlan:
+        """Draw the random choices for a batch with labels ``y`` (B,)."""
+        return self.sampler(y)
+
+    @torch.no_grad()
+    def apply(self, x: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        """Carry a plan out on images ``x`` (B, C, H, W) with labels ``y`` (B,); returns new images."""
+        out = x.clone()
+        known = y[plan.index].clamp(0, self.pca.num_classes - 1)
+        with torch.autocast(x.device.type, enabled=False):
+            if len(plan.index):
+                out[plan.index] = self._augment(x[plan.index], known, plan)
+            self._counts[0] += len(y)
+        return out
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) as this transform takes them, back in [0, 1] float32."""
+        return self._to_pixels(x).clamp(0, 1)
+
+    def _augment(self, x: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        pixels = self._to_pixels(x)
+        small = self._to_flow(pixels)
+        sane = _fraction_outside(small) == 0
+        small = torch.where(sane[:, None, None, None], small, 0.0)
+        decoded = self._mix(small, y, plan)
+        moving = (plan.weight != 0).any(1)
+        fine = sane & torch.isfinite(decoded).flatten(1).all(1) & (_fraction_outside(decoded) <= self.max_outside)
+        self._count(moving, fine, torch.ones_like(moving) if plan.chosen is None else plan.chosen)
+        residual = self._from_flow(decoded - small, pixels)
+        return torch.where((moving & fine)[:, None, None, None], self._from_pixels(pixels + residual, x), x)
+
+    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        z = torch.cat([self.flow.encode(part)[0] for part in small.split(self.batch_size)])
+        z = mix_latents(z, y, self.pca, plan)
+        return torch.cat([self.flow.decode(part) for part in z.split(self.batch_size)])
+
+    def _to_pixels(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            return x.float() / 255
+        return x.float() * self.std + self.mean
+
+    def _from_pixels(self, pixels: Tensor, like: Tensor) -> Tensor:
+        pixels = pixels.clamp(0, 1)
+        if like.dtype == torch.uint8:
+            return (pixels * 255).round().to(torch.uint8)
+        return ((pixels - self.mean) / self.std).to(like.dtype)
+
+    def _to_flow(self, pixels: Tensor) -> Tensor:
+        if self.flow.event_shape[0] == 1 and pixels.shape[1] == 3:
+            pixels = (pixels * pixels.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+        size = self.flow.event_shape[1:]
+        if tuple(pixels.shape[2:]) == size:
+            return torch.where(pixels.isfinite(), quantise(pixels), pixels)
+        return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+
+    @staticmethod
+    def _from_flow(residual: Tensor, pixels: Tensor) -> Tensor:
+        if residual.shape[2:] != pixels.shape[2:]:
+            residual = F.interpolate(residual, tuple(pixels.shape[2:]), mode="bicubic", align_corners=False)
+        return residual
+
+    def _count(self, moving: Tensor, fine: Tensor, chosen: Tensor) -> None:
+        counts = torch.stack([(moving & fine).sum(), (moving & ~fine).sum(), (chosen & ~moving).sum()])
+        self._counts[1:] += counts
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples seen, augmented, refused (NaN or out of range), and drawn but without a partner or a known label."""
+        seen, augmented, refused, idle = self._counts.tolist()
+        return {"seen": seen, "augmented": augmented, "refused": refused, "no_partner": idle}
+
+    def state_dict(self) -> dict:
+        """State of the generator and the counts, JSON-able; for ``accelerator.register_for_checkpointing``."""
+        return {"rng": self.sampler.rng.bit_generator.state, "counts": self._counts.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.sampler.rng.bit_generator.state = state["rng"]
+        self._counts.copy_(torch.tensor(state["counts"]))
+
+    def __repr__(self) -> str:
+        """Architecture, classes and counts."""
+        name = self.flow.config.get("architecture", "flow")
+        counts = ", ".join(f"{k}={v}" for k, v in self.counts.items())
+        sizes = f"K={self.pca.num_classes}, rank={self.pca.rank}"
+        return f"FlowMixupTransform({name} {self.flow.event_shape}, {sizes}, {counts})"
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        _check_batch(x, y, self.pca.axes.device)
+        self._check_channels(x.shape[1])
+        if self._first or x.device.type == "cpu":  # elsewhere a look at values would make the host wait
+            self._check_values(x, y)
+        self._first = False
+
+    def _check_channels(self, channels: int) -> None:
+        wanted = self.flow.event_shape[0]
+        if channels == wanted or (wanted == 1 and channels == 3 and self.luminance):
+            return
+        hint = "; pass luminance=True to move the luminance of RGB images" if (wanted, channels) == (1, 3) else ""
+        raise ValueError(f"the images have {channels} channels but the flow was trained on {wanted}{hint}")
+
+    def _check_values(self, x: Tensor, y: Tensor) -> None:
+        num_classes = self.pca.num_classes
+        if self.unknown == "error" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+            raise ValueError(
+                f"labels run from {int(y.min())} to {int(y.max())} but the flow knows {num_classes} classes, 0 to "
+                f"{num_classes - 1}; pass unknown='skip' to leave the others alone, or a flow trained on these classes"
+            )
+        if self._first and len(x):
+            self._check_range(x)
+
+    def _check_range(self, x: Tensor) -> None:
+        pixels = self._to_pixels(x)
+        pixels = pixels[pixels.isfinite()]
+        if len(pixels) and not -INPUT_TOLERANCE <= pixels.min() <= pixels.max() <= 1 + INPUT_TOLERANCE:
+            raise ValueError(
+                f"pixels run from {pixels.min():.3g} to {pixels.max():.3g} after undoing mean and std, not [0, 1]: "
+                "pass the mean and std your images are normalised with, or images in [0, 1] or uint8"
+            )
+
+
+def check_class_names(flow_names: Sequence[str] | None, data_names: Sequence[str] | None) -> None:
+    """Raise a ValueError with the first mismatch when a flow was trained on other classes or in another order."""
+    if flow_names is None or data_names is None or tuple(flow_names) == tuple(data_names):
+        return
+    if len(flow_names) != len(data_names):
+        raise ValueError(
+            f"the flow knows {len(flow_names)} classes but the data set has {len(data_names)}: train one on this data"
+        )
+    label = next(i for i, (a, b) in enumerate(zip(flow_names, data_names, strict=True)) if a != b)
+    raise ValueError(
+        f"class {label} is {data_names[label]!r} in the data set but {flow_names[label]!r} in the flow; "
+        "use the class order the flow was trained with, or train a flow on this data"
+    )
+
+
+def _check_pair(flow: Flow, pca: ClasswisePCA) -> None:
+    ours, theirs = tuple(flow.gaussians.mean.shape), (pca.num_classes, pca.dim)
+    if ours != theirs:
+        raise ValueError(
+            f"the flow has (classes, dimensions) {ours} but the class axes {theirs}; load both from one folder"
+        )
+
+
+def _check_batch(x: Tensor, y: Tensor, device: torch.device) -> None:
+    if x.ndim != 4:
+        raise ValueError(
+            f"expected images (B, C, H, W), got shape {tuple(x.shape)}; add the batch dimension with x[None]"
+        )
+    if not (x.is_floating_point() or x.dtype == torch.uint8):
+        raise TypeError(f"expected floating-point or uint8 images, got {x.dtype}")
+    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(
+            f"expected integer labels (B,), got {y.dtype} of shape {tuple(y.shape)}; flow mixup keeps labels hard, so "
+            "apply it before Mixup, CutMix or label smoothing"
+        )
+    if len(x) != len(y):
+        raise ValueError(
+            f"y has {len(y)} labels but x has {len(x)} images; FlowMixupTransform needs one label per image"
+        )
+    if x.device != device or y.device != device:
+        raise ValueError(
+            f"images on {x.device}, labels on {y.device}, flow on {device}; call transform.to(x.device) once"
+        )
+
+
+def _channel_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    if (mean is None) != (std is None):
+        raise ValueError("pass both mean and std of the classifier's normalisation, or neither for images in [0, 1]")
+    mean, std = torch.tensor(mean or [0.0]), torch.tensor(std or [1.0])
+    if mean.ndim != 1 or mean.shape != std.shape or not (std > 0).all():
+        raise ValueError(
+            f"mean {mean.tolist()} and std {std.tolist()}: expected one number per channel each, std positive"
+        )
+    return mean[:, None, None].float(), std[:, None, None].float()
+
+
+def _fraction_outside(x: Tensor) -> Tensor:
+    inside = (x >= SAFE_RANGE[0]) & (x <= SAFE_RANGE[1])
+    return 1 - inside.flatten(1).float().mean(1)
