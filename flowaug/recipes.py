@@ -1,0 +1,111 @@
+"""Default recipes, one per data set: what the scripts use where the command line is silent.
+
+A flow recipe holds the options of ``train_flow.py``, a classifier recipe those of ``finetune.py``; "default" serves
+every data set without one of its own.
+"""
+
+FLOW_RECIPES = {
+    "default": {
+        "model": "mef_small",
+        "image_size": 32,
+        "steps": 20_000,
+        "batch_size": 128,
+        "lr": 5e-3,
+        "warmup_steps": 500,
+        "solve_at": 500,
+        "kld_weight": 10.0,
+        "rank": 64,
+        "shift": 2,
+        "hflip": 0.5,
+    },
+    "digits": {
+        "model": "mef_tiny",
+        "image_size": 8,
+        "steps": 2000,
+        "batch_size": 128,
+        "lr": 5e-3,
+        "warmup_steps": 100,
+        "solve_at": 200,
+        "kld_weight": 10.0,
+        "rank": 32,
+        "shift": 0,
+        "hflip": 0.0,
+    },
+    "fashion_mnist": {
+        "model": "mef_tiny",
+        "image_size": 28,
+        "steps": 1500,
+        "batch_size": 128,
+        "lr": 5e-3,
+        "warmup_steps": 100,
+        "solve_at": 200,
+        "kld_weight": 10.0,
+        "rank": 64,
+        "shift": 1,
+        "hflip": 0.5,
+    },
+}
+
+
+def flow_recipe(dataset: str | None) -> dict:
+    """Options of ``train_flow.py`` for a data set: its own recipe or the default one."""
+    return dict(FLOW_RECIPES.get(dataset, FLOW_RECIPES["default"]))
+
+
+CLASSIFIER_RECIPES = {
+    "default": {
+        "model": "resnet18",
+        "epochs": 10,
+        "batch_size": 64,
+        "opt": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "warmup_share": 0.05,
+        "scale": (0.35, 1.0),
+        "ratio": (0.75, 1.3333),
+        "hflip": 0.5,
+        "flow_aug_p": 0.5,
+    },
+    "digits": {
+        "model": "resnet10t",
+        "img_size": 32,
+        "pretrained": False,
+        "steps": 400,
+        "batch_size": 64,
+        "opt": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+        "warmup_share": 0.1,
+        "scale": (1.0, 1.0),
+        "ratio": (1.0, 1.0),
+        "hflip": 0.0,
+        "flow_aug_p": 0.5,
+    },
+    "fashion_mnist": {
+        "model": "resnet10t",
+        "img_size": 32,
+        "pretrained": False,
+        "epochs": 10,
+        "batch_size": 64,
+        "opt": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.05,
+        "warmup_share": 0.1,
+        "scale": (1.0, 1.0),
+        "ratio": (1.0, 1.0),
+        "hflip": 0.5,
+        "flow_aug_p": 0.5,
+    },
+}
+
+
+def classifier_recipe(dataset: str | None) -> dict:
+    """Options of ``finetune.py`` for a data set: its own recipe or the default one."""
+    return dict(CLASSIFIER_RECIPES.get(dataset, CLASSIFIER_RECIPES["default"]))
+
+
+def fill_in(options, recipe: dict) -> None:
+    """Give every option of a command line that was left out (None) the recipe's value, in place."""
+    for name, value in recipe.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)

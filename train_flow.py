@@ -1,0 +1,227 @@
+"""Train a conditional normalizing flow for flow augmentation.
+
+    python train_flow.py                                    # embedded digits, about two minutes on a laptop
+    python train_flow.py --dataset fashion_mnist --output runs/fashion
+    accelerate launch train_flow.py --data-dir photos/ --output runs/photos
+
+The schedule is that of NFPI (Enescu & Sahbi): initialise on data, warm up under one unit Gaussian, solve once for the
+class Gaussians by fixed-point iteration, then train to them by likelihood. Options left out come from the data set's
+recipe.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from flowaug import ClassMoments, create_flow, list_flows
+from flowaug.data import load_dataset, stack_images
+from flowaug.estimators import fpi
+from flowaug.fitting import ImageTable, class_moments, evaluate, fit_pca, random_hflip, random_shift
+from flowaug.loaders import batches
+from flowaug.recipes import fill_in, flow_recipe
+from flowaug.report import MetricsLog, write_flow_folder
+from flowaug.state import load_state, save_state
+
+INIT_BATCH = 512
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; options left out are None until the recipe fills them in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data (default: the embedded digits)")
+    data.add_argument("--dataset", help="digits or fashion_mnist")
+    data.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
+    data.add_argument("--images-per-class", type=int, help="use only this many training images of each class")
+    data.add_argument("--subset-seed", type=int, default=0, help="which images --images-per-class takes")
+    data.add_argument("--image-size", type=int, help="height and width the flow works at")
+    flow = parser.add_argument_group("flow")
+    flow.add_argument("--model", help=f"architecture: {', '.join(list_flows())}")
+    flow.add_argument("--coupling", choices=("additive", "affine", "matrix_exp"), help="coupling of the architecture")
+    gaussians = parser.add_argument_group("class Gaussians")
+    gaussians.add_argument(
+        "--kld-weight", type=float, help="λ', pull towards separation; more classifies, less augments"
+    )
+    gaussians.add_argument("--kld-alpha", type=float, default=10.0, help="α of the separation term, 0.1 to 10")
+    gaussians.add_argument("--solve-at", type=int, help="step at which the class Gaussians are solved for")
+    gaussians.add_argument("--rank", type=int, help="principal axes kept per class")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, help="optimiser steps")
+    training.add_argument("--batch-size", type=int, help="images per step and process")
+    training.add_argument("--lr", type=float, help="peak learning rate of Adamax")
+    training.add_argument("--warmup-steps", type=int, help="steps of linear learning-rate warm-up")
+    training.add_argument("--ema-decay", type=float, default=0.998, help="decay of the averaged weights that are saved")
+    training.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm")
+    training.add_argument("--shift", type=int, help="random shift, pixels")
+    training.add_argument("--hflip", type=float, help="probability of a mirror image")
+    training.add_argument("--eval-every", type=int, default=500, help="steps between evaluations on the val split")
+    training.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", type=Path, default=Path("runs/flow"), help="folder to write the flow to")
+    run.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from a killed run in --output")
+    run.add_argument("--save-every", type=int, default=1000, help="steps between states that a killed run resumes from")
+    run.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    args = parser.parse_args(argv)
+    args.dataset = args.dataset or (None if args.data_dir else "digits")
+    fill_in(args, flow_recipe(args.dataset))
+    return args
+
+
+def recipe_of(args: argparse.Namespace) -> dict:
+    """The options that decide the numbers of the trained flow."""
+    skip = ("output", "resume", "save_every", "cpu", "eval_every")
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then linear decay to zero over the last 40 %: the average weights settle."""
+    warm = (step + 1) / max(args.warmup_steps, 1)
+    return args.lr * min(1.0, warm, (args.steps - step) / (0.4 * args.steps))
+
+
+def load_tables(args: argparse.Namespace, accelerator: Accelerator):
+    """Read both splits into memory at the size of the flow."""
+    train = load_dataset(args.dataset, args.data_dir, "train", args.images_per_class, args.subset_seed)
+    val = load_dataset(args.dataset, args.data_dir, "val")
+    size, place = (args.image_size, args.image_size), (accelerator.process_index, accelerator.num_processes)
+    tables = [
+        ImageTable(
+            stack_images(d, size, train.channels), torch.as_tensor(d.targets), len(train.class_names), 256, *place
+        )
+        for d in (train, val)
+    ]
+    return train, *tables
+
+
+def training_batches(table: ImageTable, args: argparse.Namespace, start: int):
+    """Endless batches, epoch by epoch, from step ``start`` on."""
+    step = 0
+    for epoch in range(sys.maxsize):
+        size = min(args.batch_size, len(table) // table.world_size)
+        for x, y in batches(
+            table.images, table.targets, size, True, args.seed, epoch, True, table.rank, table.world_size
+        ):
+            step += 1
+            if step > start:
+                yield x, y
+
+
+def augment(flow, x, args, generator):
+    """What the flow sees of an image: shifted, mirrored, dequantised."""
+    x = random_hflip(random_shift(x, args.shift, generator), args.hflip, generator)
+    return flow.dequantise(x, generator)
+
+
+def initialise(flow, table: ImageTable, args: argparse.Namespace) -> None:
+    """Data-dependent initialisation on the same images on every process."""
+    generator = torch.Generator().manual_seed(args.seed)
+    chosen = torch.randperm(len(table), generator=generator)[:INIT_BATCH]
+    flow.initialise(augment(flow, table.images[chosen].float() / 255, args, generator))
+
+
+def solve_gaussians(flow, moments: ClassMoments, args: argparse.Namespace) -> dict:
+    """One fixed-point solve for the class means, unit variances kept; the flow's Gaussians are then frozen."""
+    point = fpi(moments, kld_weight=args.kld_weight, alpha=args.kld_alpha, learn=("mean",))
+    flow.gaussians.assign_(point.value)
+    return {"steps": point.steps, "residual": float(point.residual), "converged": bool(point.converged)}
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """Train a flow and write its folder; returns the folder."""
+    device = accelerator.device
+    dataset, table, val = load_tables(args, accelerator)
+    shape = tuple(table.images.shape[1:])
+    overrides = {"coupling": args.coupling} if args.coupling else {}
+    flow = create_flow(
+        args.model,
+        event_shape=shape,
+        num_classes=len(dataset.class_names),
+        grey_levels=dataset.grey_levels,
+        seed=args.seed,
+        **overrides,
+    )
+    flow.class_names = dataset.class_names
+    initialise(flow, table, args)
+    flow.to(device)
+    averaged = torch.optim.swa_utils.AveragedModel(
+        flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay), use_buffers=False
+    )
+    optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
+    log, state_path = MetricsLog(args.output, accelerator.is_main_process), args.output / "state.safetensors"
+    start = 0
+    if args.resume == "auto" and state_path.is_file():
+        start = restore(state_path, recipe_of(args), flow, averaged, optimizer, log)
+    model = accelerator.prepare(flow)
+    generator = torch.Generator(device)
+    bar = tqdm(
+        total=args.steps, initial=start, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True
+    )
+    began = time.time()
+    for step, (x, y) in zip(range(start, args.steps), training_batches(table, args, start), strict=False):
+        generator.manual_seed((args.seed << 40) + (step << 12) + accelerator.process_index)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        x, y = augment(flow, x.to(device), args, generator), y.to(device)
+        loss = flow.bits_per_dim(model(x, y)).mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.update_parameters(flow)
+        if step + 1 == args.solve_at:
+            moments = class_moments(flow, table, device, accelerator.reduce, args.seed)
+            log.note("fixed_point", solve_gaussians(flow, moments, args))
+            averaged.module.gaussians.load_state_dict(flow.gaussians.state_dict())
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            log.write(step + 1, evaluate(averaged.module, val, device, accelerator.reduce), bar)
+        if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
+            save_state(state_path, snapshot(step + 1, recipe_of(args), flow, averaged, optimizer, log))
+        bar.update()
+    bar.close()
+    final = averaged.module.eval()
+    pca = fit_pca(final, table, device, args.rank)
+    log.note("train_seconds", round(time.time() - began, 1))
+    if accelerator.is_main_process:
+        write_flow_folder(args.output, final, pca, dataset, table, val, recipe_of(args), log)
+        state_path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return args.output
+
+
+def snapshot(step, recipe, flow, averaged, optimizer, log) -> dict:
+    """Everything a killed run needs to go on to the same numbers."""
+    modules = {"flow": flow.state_dict(), "averaged": averaged.state_dict()}
+    return {"step": step, "recipe": recipe, **modules, "optimizer": optimizer.state_dict(), "log": log.state_dict()}
+
+
+def restore(path: Path, recipe: dict, flow, averaged, optimizer, log) -> int:
+    """Load a snapshot in place and return the step to go on from."""
+    state = load_state(path)
+    if state["recipe"] != recipe:
+        differ = sorted(k for k in recipe if recipe[k] != state["recipe"].get(k))
+        raise ValueError(
+            f"{path} is of a run with other options ({', '.join(differ)}); use --resume never or another --output"
+        )
+    flow.load_state_dict(state["flow"])
+    averaged.load_state_dict(state["averaged"])
+    optimizer.load_state_dict(state["optimizer"])
+    log.load_state_dict(state["log"])
+    return state["step"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: one sentence and exit code 1 on failure."""
+    try:
+        args = parse_args(argv)
+        folder = train(args, Accelerator(cpu=args.cpu))
+        print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_flow.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
