@@ -7,6 +7,7 @@ every data set without one of its own.
 FLOW_RECIPES = {
     "default": {
         "model": "mef_small",
+        "coupling": "affine",
         "image_size": 32,
         "steps": 20_000,
         "batch_size": 128,
@@ -20,9 +21,10 @@ FLOW_RECIPES = {
     },
     "digits": {
         "model": "mef_tiny",
+        "coupling": "affine",
         "image_size": 8,
         "steps": 2000,
-        "batch_size": 128,
+        "batch_size": 64,
         "lr": 5e-3,
         "warmup_steps": 100,
         "solve_at": 200,
@@ -33,6 +35,7 @@ FLOW_RECIPES = {
     },
     "fashion_mnist": {
         "model": "mef_tiny",
+        "coupling": "affine",
         "image_size": 28,
         "steps": 1500,
         "batch_size": 128,
@@ -67,7 +70,7 @@ CLASSIFIER_RECIPES = {
         "flow_aug_p": 0.5,
     },
     "digits": {
-        "model": "resnet10t",
+        "model": "test_resnet",
         "img_size": 32,
         "pretrained": False,
         "steps": 400,

@@ -139,9 +139,8 @@ class FlowMixupTransform:
 
     def _augment(self, x: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
         pixels = self._to_pixels(x)
-        small = self._to_flow(pixels)
-        sane = _fraction_outside(small) == 0
-        small = torch.where(sane[:, None, None, None], small, 0.0)
+        sane = _fraction_outside(pixels) == 0
+        small = self._to_flow(torch.where(sane[:, None, None, None], pixels, 0.0))
         decoded = self._mix(small, y, plan)
         moving = (plan.weight != 0).any(1)
         fine = sane & torch.isfinite(decoded).flatten(1).all(1) & (_fraction_outside(decoded) <= self.max_outside)
@@ -170,7 +169,7 @@ class FlowMixupTransform:
             pixels = (pixels * pixels.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
         size = self.flow.event_shape[1:]
         if tuple(pixels.shape[2:]) == size:
-            return torch.where(pixels.isfinite(), quantise(pixels), pixels)
+            return quantise(pixels)
         return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
 
     @staticmethod

@@ -48,3 +48,21 @@ def jacobian_ladj(bijection, x: torch.Tensor) -> torch.Tensor:
         jacobian = torch.autograd.functional.jacobian(lambda v: bijection(v[None])[0].flatten(), one)
         ladjs.append(torch.linalg.slogdet(jacobian.reshape(one.numel(), one.numel())).logabsdet)
     return torch.stack(ladjs)
+
+
+def mix_one(z, y, pca, plan, i):
+    """SPEC §4 for sample i of a plan, with the axes of its class as a plain matrix."""
+    axes, mean = (t[y[i]].double() for t in (pca.axes, pca.mean))
+    rank, w = plan.weight.shape[1], plan.weight[i].double()
+    axes = axes[:rank]
+    own = axes @ (z[i].double() - mean)
+    if plan.source == "bank":
+        other = pca.coords[plan.partner[i], :rank].double()
+    elif plan.source == "batch":
+        other = axes @ (z[plan.partner[i]].double() - mean)
+    else:
+        other = plan.noise[i].double() * pca.variance[y[i], :rank].double().sqrt()
+    mixed = (1 - w) * own + w * other
+    if plan.rescaled:
+        mixed = mixed / ((1 - w) ** 2 + w**2).sqrt()
+    return z[i].double() + axes.T @ (mixed - own)

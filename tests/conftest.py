@@ -1,0 +1,38 @@
+"""Small flows that several tests share."""
+
+import pytest
+import torch
+
+from flowaug import ClasswisePCA, GaussianParameters, create_flow
+
+NAMES = ("ant", "bee", "cat")
+
+
+def make_flow(shape=(3, 8, 8), num_classes=3, seed=0):
+    """A float32 flow with random parameters, and class names."""
+    flow = create_flow("mef_tiny", event_shape=shape, num_classes=num_classes, steps=1, hidden=8, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for p in flow.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    mean = torch.randn(num_classes, flow.dim, generator=generator)
+    flow.gaussians.assign_(GaussianParameters(mean, torch.ones(num_classes, flow.dim)))
+    flow.class_names = NAMES[:num_classes]
+    return flow.eval()
+
+
+def make_pca(flow, per_class=12, rank=4, seed=1):
+    """Class axes fitted to the latents of random images."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(flow.gaussians.num_classes, per_class, *flow.event_shape, generator=generator)
+    with torch.no_grad():
+        return ClasswisePCA.fit([flow.encode(images)[0] for images in x], rank)
+
+
+@pytest.fixture
+def flow():
+    return make_flow()
+
+
+@pytest.fixture
+def pca(flow):
+    return make_pca(flow)
