@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     gaussians.add_argument("--rank", type=int, help="principal axes kept per class")
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, help="optimiser steps")
+    training.add_argument("--max-epochs", type=int, help="fewer steps where --steps would pass the data more often")
     training.add_argument("--batch-size", type=int, help="images per step and process")
     training.add_argument("--lr", type=float, help="peak learning rate of Adamax")
     training.add_argument("--warmup-steps", type=int, help="steps of linear learning-rate warm-up")
@@ -94,6 +95,7 @@ def load_tables(args: argparse.Namespace, accelerator: Accelerator):
         )
         for d in (train, val)
     ]
+    args.steps = min(args.steps, args.max_epochs * max(1, len(train) // (args.batch_size * place[1])))
     return train, *tables
 
 
@@ -125,7 +127,7 @@ def initialise(flow, table: ImageTable, args: argparse.Namespace) -> None:
 
 def solve_gaussians(flow, moments: ClassMoments, args: argparse.Namespace) -> dict:
     """One fixed-point solve for the class means, unit variances kept; the flow's Gaussians are then frozen."""
-    point = fpi(moments, kld_weight=args.kld_weight, alpha=args.kld_alpha, learn=("mean",))
+    point = fpi(moments, kld_weight=args.kld_weight, alpha=args.kld_alpha, learn="mean", variance="unit")
     flow.gaussians.assign_(point.value)
     return {"steps": point.steps, "residual": float(point.residual), "converged": bool(point.converged)}
 

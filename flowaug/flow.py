@@ -13,7 +13,8 @@ class Flow(nn.Module):
 
     .. math:: \log p(x \mid y) = \log N(f(x); \mu_y, \Sigma_y) + \log |\det \partial f / \partial x|
 
-    ``decode`` is therefore one plain function for every class (Enescu & Sahbi, BMVC 2024).
+    ``decode`` is therefore one plain function for every class (Enescu & Sahbi, "Learning Conditionally Untangled Latent
+    Spaces using Fixed Point Iteration", Eq. 2).
 
     Args:
         bijection: maps images (B, C, H, W) to vectors (B, D).

@@ -31,9 +31,7 @@ def principal_axes(z, rank):
 
 def project_one_by_one(axes, mean, z, y):
     """U_y (z - mu_y), one sample at a time."""
-    return torch.stack(
-        [axes[k].double() @ (p - mean[k]).double() for p, k in zip(z, y.tolist(), strict=True)]
-    )
+    return torch.stack([axes[k].double() @ (p - mean[k]).double() for p, k in zip(z, y.tolist(), strict=True)])
 
 
 def combine_one_by_one(axes, a, y):

@@ -44,7 +44,11 @@ DAMAGES = [
     (foreign, ValueError, "not a flowaug checkpoint"),
     (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, "model.safetensors is missing"),
     (lambda f: (f / CONFIG).unlink(), FileNotFoundError, "no flow at"),
-    (lambda f: save_flow(make_flow(seed=9), f / "other") and (f / "other" / WEIGHTS).replace(f / WEIGHTS), ValueError, "another"),
+    (
+        lambda f: save_flow(make_flow(seed=9), f / "other") and (f / "other" / WEIGHTS).replace(f / WEIGHTS),
+        ValueError,
+        "another",
+    ),
 ]
 
 
@@ -70,7 +74,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_state_round_trip_to_the_bit(tmp_path):
-    state = {"step": 3, "lr": 0.1 + 0.2, "groups": [{"betas": [0.9, 0.95], "none": None}], "state": {0: {"m": torch.rand(3)}}}
+    state = {
+        "step": 3,
+        "lr": 0.1 + 0.2,
+        "groups": [{"betas": [0.9, 0.95], "none": None}],
+        "state": {0: {"m": torch.rand(3)}},
+    }
     save_state(tmp_path / "s.safetensors", state)
     loaded = load_state(tmp_path / "s.safetensors")
     assert torch.equal(loaded["state"][0].pop("m"), state["state"][0].pop("m"))

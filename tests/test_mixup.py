@@ -14,7 +14,9 @@ def latents():
 
 def sampler(pca, partner="bank", p=1.0, alpha=1.0, seed=0, rank=0, **keywords):
     policy = MixPolicy(p, alpha, keywords.pop("axes", None), keywords.pop("policy", None), ("a", "b", "c"), 3, pca.rank)
-    return PlanSampler(pca, policy, partner, keywords.pop("per_axis", False), keywords.pop("rescaled", False), seed, rank)
+    return PlanSampler(
+        pca, policy, partner, keywords.pop("per_axis", False), keywords.pop("rescaled", False), seed, rank
+    )
 
 
 @pytest.mark.parametrize("rescaled", [False, True])

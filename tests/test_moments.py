@@ -65,9 +65,7 @@ def test_variance_survives_a_mean_far_from_zero(shift):
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1234.567, -7e5])
 def test_variance_of_a_constant_is_zero_and_never_negative(value):
     z = torch.full((999, 3), value)
-    assert torch.equal(
-        ClassMoments.of(z, torch.zeros(999, dtype=torch.int64), 1).variance, torch.zeros(1, 3).double()
-    )
+    assert torch.equal(ClassMoments.of(z, torch.zeros(999, dtype=torch.int64), 1).variance, torch.zeros(1, 3).double())
 
 
 def test_half_precision_latents_are_summed_in_float64():

@@ -1,0 +1,226 @@
+"""The scripts as a user runs them, on a data set small enough for a test."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import finetune
+import train_flow
+from flowaug import FlowMixupTransform, load_flow, load_pca
+from flowaug.checkpoint import CONFIG, WEIGHTS
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK_FLOW = ["--steps", "6", "--solve-at", "3", "--eval-every", "3", "--batch-size", "16", "--rank", "3", "--cpu"]
+QUICK = ["--steps", "4", "--batch-size", "16", "--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three classes of RGB images of mixed sizes."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (20 + i, 24, 3), dtype=np.uint8) + 50 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """A flow trained for a few steps on the photos."""
+    output = tmp_path_factory.mktemp("runs") / "flow"
+    options = ["--model", "mef_tiny", "--image-size", "8", "--output", str(output), *QUICK_FLOW]
+    train_flow.main(["--data-dir", str(photos), *options])
+    return output
+
+
+def test_train_flow_writes_a_whole_folder(trained):
+    names = {"config.json", "model.safetensors", "pca.safetensors", "metrics.json", "samples.png", "augmented.png"}
+    assert names | {"README.md", "metrics.jsonl", "curves.png"} == {p.name for p in trained.iterdir()}
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["fixed_point"]["converged"]
+    assert 0 <= metrics["nf_acc"] <= 1
+    assert metrics["step"] == 6
+    flow = load_flow(trained)
+    assert flow.class_names == ("ant", "bee", "cat")
+    assert flow.gaussians.mean.abs().sum() > 0
+    assert load_pca(trained).coords.shape == (24, 3)
+    with Image.open(trained / "augmented.png") as image:
+        assert image.width > 200
+
+
+def test_same_seed_same_flow(photos, trained, tmp_path):
+    options = ["--model", "mef_tiny", "--image-size", "8", "--output", str(tmp_path / "again"), *QUICK_FLOW]
+    train_flow.main(["--data-dir", str(photos), *options])
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two steps."""
+
+
+def test_a_killed_run_resumes_to_the_same_weights(photos, trained, tmp_path, monkeypatch):
+    options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", "--save-every", "1", *QUICK_FLOW]
+    options += ["--output", str(tmp_path / "cut")]
+    saved = []
+
+    def save_then_die(path, state):
+        original(path, state)
+        saved.append(state["step"])
+        if state["step"] == 4:
+            raise Killed
+
+    original = train_flow.save_state
+    monkeypatch.setattr(train_flow, "save_state", save_then_die)
+    with pytest.raises(Killed):
+        train_flow.main(options)
+    train_flow.main(options)
+    assert saved == [1, 2, 3, 4, 5, 6]  # the second run went on from step 4
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+    assert not (tmp_path / "cut" / "state.safetensors").exists()
+
+
+def test_finetune_on_a_folder_with_a_named_flow(photos, trained, tmp_path, capsys):
+    output = tmp_path / "out"
+    finetune.main(["--data-dir", str(photos), "--flow-aug", str(trained), "--output", str(output), *QUICK])
+    assert "test accuracy" in capsys.readouterr().out
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["steps"] == 4
+    assert metrics["flow_aug"]["augmented"] > 0
+    assert {"model.safetensors", "augmented.png", "curves.png", "metrics.jsonl"} <= {p.name for p in output.iterdir()}
+
+
+def test_finetune_trains_a_missing_flow_once_and_keeps_it(photos, tmp_path, capsys, monkeypatch):
+    quick = {"model": "mef_tiny", "image_size": 8, "steps": 4, "solve_at": 2, "rank": 2, "batch_size": 16}
+    monkeypatch.setattr(train_flow, "flow_recipe", lambda name: original(name) | quick)
+    original = __import__("flowaug.recipes", fromlist=["x"]).flow_recipe
+    options = ["--data-dir", str(photos), "--flow-aug", *QUICK]
+    finetune.main([*options, "--output", str(tmp_path / "a")])
+    assert "training one first" in capsys.readouterr().out
+    finetune.main([*options, "--output", str(tmp_path / "b")])
+    assert "trained for this data earlier" in capsys.readouterr().out
+    assert len(list((tmp_path / "flows").iterdir())) == 1
+
+
+def test_finetune_runs_every_augmentation_together(tmp_path):
+    extras = [
+        "--aa",
+        "rand-m9-mstd0.5-inc1",
+        "--reprob",
+        "0.5",
+        "--mixup",
+        "0.2",
+        "--cutmix",
+        "1.0",
+        "--smoothing",
+        "0.1",
+    ]
+    finetune.main(["--flow-aug", "digits", *extras, "--output", str(tmp_path), *QUICK])
+    assert json.loads((tmp_path / "metrics.json").read_text())["flow_aug"]["refused"] == 0
+
+
+def test_preview(tmp_path):
+    from flowaug.cli import main
+
+    main(["preview", "digits", "--output", str(tmp_path / "grid.png")])
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.height > 400
+
+
+def test_bundled_flow_classifies_and_round_trips():
+    import torch
+
+    from flowaug.data import load_dataset, stack_images
+
+    val = load_dataset("digits", split="val")
+    flow, x = load_flow("digits"), stack_images(val, (8, 8), 1).float() / 255
+    with torch.no_grad():
+        z, _ = flow.encode(x)
+        accuracy = (flow.log_joint(x).argmax(1).numpy() == val.targets).mean()
+        assert (flow.decode(z) - x).abs().max() <= 1e-5
+    assert accuracy >= 0.97
+    transform = FlowMixupTransform.from_pretrained("digits", p=1.0)
+    transform(x, torch.as_tensor(val.targets))
+    assert transform.counts["augmented"] >= 0.99 * len(x)
+
+
+def unreadable(root):
+    (root / "train" / "bee" / "0.png").write_bytes(b"no image")
+
+
+def empty(root):
+    for path in (root / "train" / "bee").iterdir():
+        path.unlink()
+
+
+def single(root):
+    for path in list((root / "train" / "bee").iterdir())[1:]:
+        path.unlink()
+
+
+def other_classes(root):
+    for split in ("train", "val"):
+        (root / split / "bee").rename(root / split / "bug")
+
+
+BAD_FOLDERS = [
+    (unreadable, [], "0.png"),
+    (empty, [], "bee"),
+    (single, [], "bee"),
+    (lambda root: None, ["--images-per-class", "9"], "images_per_class is 9 but class"),
+    (other_classes, ["--flow-aug", "{flow}"], "'bug' in the data set but 'bee' in the flow"),
+    (lambda root: None, ["--flow-aug", "digits"], "10 classes but the data set has 3"),
+    (lambda root: None, ["--flow-aug", "{root}/nothing"], "no flow at"),
+    (lambda root: None, ["--model", "resnet_18"], "timm has no model 'resnet_18'"),
+]
+
+
+@pytest.mark.parametrize(("damage", "options", "message"), BAD_FOLDERS)
+def test_bad_input_ends_in_one_sentence_before_training(photos, trained, tmp_path, damage, options, message):
+    import shutil
+
+    root = shutil.copytree(photos, tmp_path / "photos")
+    damage(root)
+    options = [o.format(flow=trained, root=root) for o in options]
+    with pytest.raises(SystemExit) as caught:
+        finetune.main(["--data-dir", str(root), *QUICK, *options, "--output", str(tmp_path / "out")])
+    assert message in str(caught.value.code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_weights_end_in_one_sentence(photos, trained, tmp_path):
+    import shutil
+
+    flow = shutil.copytree(trained, tmp_path / "flow")
+    (flow / WEIGHTS).write_bytes((flow / WEIGHTS).read_bytes()[:-1])
+    with pytest.raises(SystemExit, match="truncated, damaged or from another save"):
+        finetune.main(["--data-dir", str(photos), "--flow-aug", str(flow), *QUICK, "--output", str(tmp_path / "out")])
+
+
+def test_another_runs_state_is_refused(photos, tmp_path, trained):
+    options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", *QUICK_FLOW]
+    args = train_flow.parse_args([*options, "--output", str(tmp_path)])
+    train_flow.save_state(tmp_path / "state.safetensors", {"recipe": train_flow.recipe_of(args) | {"lr": 9.0}})
+    with pytest.raises(SystemExit, match=r"other options \(lr\)"):
+        train_flow.main([*options, "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("script", ["train_flow.py", "finetune.py"])
+def test_help_teaches(script):
+    result = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True)
+    assert "--dataset" in result.stdout
+    assert "accelerate launch" in result.stdout
+
+
+def test_config_names_the_data_and_the_recipe(trained):
+    config = json.loads((trained / CONFIG).read_text())
+    assert config["recipe"]["steps"] == 6
+    assert len(config["data"]) == 16
