@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="FLOW",
-        help="augment with a flow: a folder or bundled name; without a name the data set's own, trained first if need be",
+        help="augment with a flow: a folder or bundled name; no name: the data set's own, trained first if need be",
     )
     flow.add_argument("--flow-aug-p", type=float, help="share of the images that are augmented")
     flow.add_argument("--flow-aug-alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")

@@ -6,7 +6,6 @@ A flow is named by a folder, a bundled name (``list_pretrained()``), ``local-dir
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,15 +32,15 @@ def list_pretrained() -> list[str]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it: a reader sees the old file or the new, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except OSError as error:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path} ({error.strerror}); free some space or choose another folder") from error
 
 

@@ -124,7 +124,8 @@ def test_finetune_runs_every_augmentation_together(tmp_path):
         "0.1",
     ]
     finetune.main(["--flow-aug", "digits", *extras, "--output", str(tmp_path), *QUICK])
-    assert json.loads((tmp_path / "metrics.json").read_text())["flow_aug"]["refused"] == 0
+    counts = json.loads((tmp_path / "metrics.json").read_text())["flow_aug"]
+    assert counts["augmented"] > counts["refused"]  # RandAugment inverts some digits: the flow has seen none such
 
 
 def test_preview(tmp_path):

@@ -1,0 +1,1 @@
+"""Trained flows that ship with the package, one folder each."""
