@@ -64,3 +64,59 @@ def mix_one(z, y, pca, plan, i):
     if plan.rescaled:
         mixed = mixed / ((1 - w) ** 2 + w**2).sqrt()
     return z[i].double() + axes.T @ (mixed - own)
+
+
+def kld_one_by_one(mean, variance):
+    """(K, K) divergences of ordered pairs by torch.distributions, one pair at a time; differentiable."""
+    normals = [torch.distributions.Normal(m, v.sqrt()) for m, v in zip(mean, variance, strict=True)]
+    rows = [[torch.distributions.kl_divergence(p, q).sum() for q in normals] for p in normals]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def fpi_objective(mean, variance, data_mean, data_variance, kld_weight, alpha, pi):
+    """Eq. (3) and (4) term by term, with π a constant."""
+    kld = kld_one_by_one(mean, variance)
+    pairs = [(y, other) for y in range(len(mean)) for other in range(len(mean)) if y != other]
+    average = sum(float(kld[pair].detach()) for pair in pairs) / len(pairs)
+    loss = 0.0
+    for y in range(len(mean)):
+        scatter = data_variance[y] + (data_mean[y] - mean[y]) ** 2
+        loss = loss + 0.5 * (variance[y].log() + scatter / variance[y]).sum()
+    for pair in pairs:
+        scale = alpha * (float(kld[pair].detach()) if pi == "pair" else average)
+        loss = loss + kld_weight * torch.exp(-kld[pair] / scale)
+    return loss
+
+
+def fpi_terms(mean, variance, data_mean, data_variance, kld_weight, alpha, pi):
+    """The mean of Eq. (5) and A, B of Eq. (7) with their positive splits, class by class and pair by pair."""
+    kld = kld_one_by_one(mean, variance)
+    n = len(mean)
+    average = float(kld.sum() - kld.diagonal().sum()) / (n * (n - 1))
+    weight = torch.zeros_like(kld)
+    for y in range(n):
+        for other in range(n):
+            scale = alpha * (kld[y, other] if pi == "pair" else average)
+            weight[y, other] = 0.0 if y == other else kld_weight * torch.exp(-kld[y, other] / scale) / scale
+    terms = {name: [] for name in ("mean", "A", "B", "A+", "B+")}
+    for y in range(n):
+        push, v = torch.zeros_like(mean[y]), variance[y]
+        a, b = 1 / v, data_variance[y] + (data_mean[y] - mean[y]) ** 2
+        a_plus, b_plus = a.clone(), b.clone()
+        for other in range(n):
+            given, taken, delta, w = weight[y, other], weight[other, y], mean[y] - mean[other], variance[other]
+            push = push + (given / w + taken / v) * delta
+            a = a + (given - taken) / v + taken * (delta**2 + w) / v**2
+            a_plus = a_plus + given / v + taken * (delta**2 + w) / v**2
+            b = b + v * given / w * v
+            b_plus = b_plus + v * given / w * v + taken * v
+        for name, term in zip(terms, (data_mean[y] + v * push, a, b, a_plus, b_plus), strict=True):
+            terms[name].append(term)
+    return {name: torch.stack(rows) for name, rows in terms.items()}
+
+
+def fpi_sweep(mean, variance, data_mean, data_variance, kld_weight, alpha, pi, damp):
+    """One damped sweep of Eq. (5) and (6) in the means and the log-variances."""
+    terms = fpi_terms(mean, variance, data_mean, data_variance, kld_weight, alpha, pi)
+    target = (terms["B+"] / terms["A+"]).sqrt()
+    return (1 - damp) * mean + damp * terms["mean"], variance ** (1 - damp) * target**damp
