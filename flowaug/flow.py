@@ -1,11 +1,15 @@
 """Flow = bijection + class Gaussians."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from flowaug.bijections import Bijection
 from flowaug.gaussians import ClassGaussians
 from flowaug.pixels import bits_per_dim, dequantise
+
+ROUNDING = 0.01  # allowed beyond the largest magnitude of a pixel or a scaled autoencoder latent
 
 
 class Flow(nn.Module):
@@ -17,9 +21,9 @@ class Flow(nn.Module):
     Spaces using Fixed Point Iteration", Eq. 2).
 
     Args:
-        bijection: maps images (B, C, H, W) to vectors (B, D).
+        bijection: maps events, images (B, C, H, W) or vectors (B, D), to vectors (B, D).
         gaussians: class Gaussians over the D latent dimensions.
-        event_shape: (C, H, W).
+        event_shape: (C, H, W) of images or (D,) of vectors.
         grey_levels: number of grey levels of the images.
         config: what ``create_flow`` needs to build this flow again.
 
@@ -36,7 +40,7 @@ class Flow(nn.Module):
         self,
         bijection: Bijection,
         gaussians: ClassGaussians,
-        event_shape: tuple[int, int, int],
+        event_shape: tuple[int, ...],
         grey_levels: int = 256,
         config: dict | None = None,
     ):
@@ -51,23 +55,26 @@ class Flow(nn.Module):
     @property
     def dim(self) -> int:
         """Number of latent dimensions D = C·H·W."""
-        c, h, w = self.event_shape
-        return c * h * w
+        return math.prod(self.event_shape)
+
+    @property
+    def _events(self) -> str:
+        return "images (B, C, H, W)" if len(self.event_shape) == 3 else "vectors (B, D)"
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images to latents.
+        """Map events to latents. Values are not looked at, which would make the host wait for the device.
 
         Args:
-            x: images (B, C, H, W) in [0, 1], dequantised or not, in the dtype of the flow.
+            x: images (B, C, H, W) in [0, 1], dequantised or not, or vectors (B, D), in the dtype of the flow.
 
         Returns:
             Latents (B, D) and ``ladj`` (B,) in nats.
         """
-        self._check(x, self.event_shape, "images (B, C, H, W) of")
+        self._check(x, self.event_shape, f"{self._events} of")
         return self.bijection(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Map latents (B, D) back to images (B, C, H, W); not clamped to [0, 1]."""
+        """Map latents (B, D) back to events (B, *event_shape); images are not clamped to [0, 1]."""
         self._check(z, (self.dim,), "latents (B, D) of")
         return self.bijection.inverse(z)
 
@@ -96,8 +103,9 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one image per label: ``y`` (B,) to (B, C, H, W) in [0, 1]; ``temperature`` scales the covariance."""
-        return self.decode(self.gaussians.sample(y, temperature, generator)).clamp(0, 1)
+        """Draw one event per label ``y`` (B,), images within [0, 1]; ``temperature`` scales the covariance."""
+        x = self.decode(self.gaussians.sample(y, temperature, generator))
+        return x.clamp(0, 1) if len(self.event_shape) == 3 else x
 
     def dequantise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Add the noise of this flow's grey levels to images (B, C, H, W); see ``flowaug.pixels``."""
@@ -109,8 +117,25 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Set the data-dependent parameters from a batch of dequantised images (B, C, H, W)."""
-        self._check(x, self.event_shape, "images (B, C, H, W) of")
-        if not torch.isfinite(x).all():
-            raise ValueError("the images to initialise on hold NaN or infinite values; expected pixels in [0, 1]")
+        """Set the data-dependent parameters from a batch of dequantised images (B, C, H, W), or vectors (B, D)."""
+        self._check(x, self.event_shape, f"{self._events} of")
+        self._check_values(x)
         self.bijection.initialise(x)
+
+    @property
+    def _largest(self) -> float:
+        return 1 + 0.5 / (self.grey_levels - 1) + ROUNDING  # a dequantised pixel leaves [0, 1] by half a cell
+
+    def _check_values(self, x: Tensor) -> None:
+        if len(x) < 2:
+            raise ValueError(
+                f"initialise takes means and variances over a batch; got {len(x)} examples, pass 2 or more"
+            )
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+            raise ValueError(f"{bad} of the {len(x)} {self._events} to initialise on hold NaN or infinite values")
+        if len(self.event_shape) == 3 and x.abs().max() > self._largest:  # vectors may have any scale
+            raise ValueError(
+                f"the images to initialise on run from {x.min():.3g} to {x.max():.3g}; expected pixels in [0, 1] (or "
+                "latents of an autoencoder scaled to [−1, 1]): divide 8-bit pixels by 255, undo a normalisation"
+            )

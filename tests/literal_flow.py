@@ -57,8 +57,7 @@ def step_forward(layer, x):
     if isinstance(layer, Squeeze):
         return F.pixel_unshuffle(x, 2).contiguous(), 0
     if isinstance(layer, ActNorm):
-        scale = F.softplus(layer.raw_scale) + 1e-4
-        return (x - layer.shift) * scale, scale.log().sum()
+        return (x - layer.shift) * torch.exp(layer.log_scale), layer.log_scale.sum()
     if isinstance(layer, InvertibleConv1x1):
         w = torch.matrix_exp(layer.log_weight)
         return F.conv2d(x, w[:, :, None, None]), layer.log_weight.trace() * x.shape[2] * x.shape[3]
@@ -69,7 +68,7 @@ def step_inverse(layer, z):
     if isinstance(layer, Squeeze):
         return F.pixel_shuffle(z, 2).contiguous()
     if isinstance(layer, ActNorm):
-        return z / (F.softplus(layer.raw_scale) + 1e-4) + layer.shift
+        return z / torch.exp(layer.log_scale) + layer.shift
     if isinstance(layer, InvertibleConv1x1):
         return F.conv2d(z, torch.matrix_exp(-layer.log_weight)[:, :, None, None])
     return coupling(layer, z, inverse=True)[0]

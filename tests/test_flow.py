@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from flowaug import GaussianParameters, create_flow, list_flows
-from tests.oracles import jacobian_ladj
+from flowaug import GaussianParameters, create_flow, list_flows, register_flow
+from tests.test_architectures import NARROW, events, narrow_flow
 
 SMALL = {"steps": 2, "blocks": (1,), "hidden": 8}
 
@@ -16,16 +16,6 @@ def small_flow(name="mef_tiny", shape=(1, 4, 8), num_classes=3, seed=0, **overri
     mean = torch.randn(num_classes, flow.dim, generator=generator)
     flow.gaussians.assign_(GaussianParameters(mean, torch.rand(num_classes, flow.dim, generator=generator) + 0.5))
     return flow
-
-
-@pytest.mark.parametrize("coupling", ["additive", "affine", "matrix_exp"])
-@pytest.mark.parametrize("name", list_flows())
-def test_registered_flows_are_exact(name, coupling):
-    flow = small_flow(name, coupling=coupling)
-    x = torch.rand(2, 1, 4, 8, dtype=torch.float64)
-    z, ladj = flow.encode(x)
-    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ladj, jacobian_ladj(flow.encode, x), rtol=0, atol=1e-9)
 
 
 def test_joint_prob_and_posterior_agree():
@@ -42,7 +32,7 @@ def test_density_integrates_to_one():
     for p in flow.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
     generator = torch.Generator().manual_seed(2)
-    z = torch.randn(200_000, 8, generator=generator, dtype=torch.float64) * 1.3  # importance sampling in x
+    z = torch.randn(100_000, 8, generator=generator, dtype=torch.float64) * 1.3  # importance sampling in x
     proposal = torch.distributions.Normal(0, 1.3).log_prob(z).sum(1)
     mass = (flow.log_prob(z.view(-1, 1, 2, 4)) - proposal).exp()
     assert mass.mean().item() == pytest.approx(1, abs=5 * mass.std().item() / len(z) ** 0.5)
@@ -64,18 +54,17 @@ def test_sample_is_deterministic_and_in_range():
     assert 0 <= a.min() <= a.max() <= 1
 
 
-def test_seed_decides_the_start_and_the_global_rng_is_left_alone():
-    before = torch.get_rng_state()
-    flows = [create_flow("mef_tiny", event_shape=(1, 4, 4), num_classes=2, seed=s, **SMALL) for s in (0, 0, 1)]
-    weights = [f.state_dict()["bijection.levels.0.bijections.3.conditioner.stem.weight"] for f in flows]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_name_is_registered_once():
+    def mef_tiny(event_shape):
+        return None
+
+    with pytest.raises(ValueError, match="'mef_tiny' is already registered"):
+        register_flow(mef_tiny)
 
 
-def test_paper_size():
-    flow = create_flow("mef_base", event_shape=(3, 32, 32), num_classes=10)
-    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(42.8e6, rel=0.005)
+def test_list_flows_filters():
+    assert list_flows("jet_*") == ["jet_base", "jet_small", "jet_tiny"]
+    assert {name.split("_")[0] for name in list_flows()} >= NARROW.keys()
 
 
 def test_initialise_normalises_latents():
@@ -99,6 +88,11 @@ BAD_INPUT = [
     (lambda f: f.encode(torch.zeros(2, 1, 4, 8)), TypeError, "computes in torch.float64"),
     (lambda f: f.decode(torch.zeros(2, 31, dtype=torch.float64)), ValueError, "takes latents"),
     (lambda f: f.initialise(torch.full((2, 1, 4, 8), float("nan"), dtype=torch.float64)), ValueError, "NaN"),
+    (lambda f: f.encode(torch.zeros(2, 1, 4, 8, dtype=torch.uint8)), TypeError, r"got a tensor of torch.uint8"),
+    (lambda f: f.initialise(255 * events(f, 2)), ValueError, r"run from .* divide 8-bit pixels by 255"),
+    (lambda f: f.initialise(events(f, 2) * 4 - 2), ValueError, "undo a normalisation"),
+    (lambda f: f.initialise(events(f, 1)), ValueError, "got 1 examples, pass 2 or more"),
+    (lambda f: narrow_flow("vector_tiny").encode(events(f, 2)), ValueError, r"takes vectors .* shape \(B, 7\), got"),
 ]
 
 
@@ -113,6 +107,24 @@ BAD_MODELS = [
     (dict(event_shape=(1, 7, 8)), "multiples of 2"),
     (dict(event_shape=(1, 12, 12), num_levels=3), "num_levels=3"),
     (dict(event_shape=(8, 8)), "expected \\(channels, height, width\\)"),
+    (dict(event_shape=(1, 0, 8)), "positive integers"),
+    (dict(event_shape=64), "event_shape is 64; expected"),
+    (dict(event_shape=(64,)), r"mef flows take images.*vector_\*"),
+    (dict(attention=True, hidden=10), "width 10 cannot have 4 heads"),
+    (dict(name="glow_tiny", event_shape=(3, 9, 8)), "9×8 must be multiples of 2"),
+    (dict(name="glow_tiny", event_shape=(3,)), "glow flows take images"),
+    (dict(name="jet_tiny", event_shape=(3,)), "jet flows take images"),
+    (dict(name="jet_tiny", event_shape=(1, 6, 8)), "6×8 must be multiples of 4"),
+    (dict(name="jet_tiny", patch_size=3), "8×8 must be multiples of 6"),
+    (dict(name="jet_tiny", patch_size=1), "1·1² must be even"),
+    (dict(name="jet_tiny", patch_size=0), "change patch_size"),
+    (dict(name="jet_tiny", width=10, heads=4), "must divide the width"),
+    (dict(name="jet_tiny", heads=0), "0 heads"),
+    (dict(name="jet_tiny", couplings=0), "couplings is 0; expected at least 1"),
+    (dict(name="vector_tiny", event_shape=(4,), couplings=0), "couplings is 0; expected at least 1"),
+    (dict(name="glow_tiny", steps=0), "steps is 0; expected at least 1"),
+    (dict(name="vector_tiny"), r"event_shape is \(1, 8, 8\); expected \(D,\)"),
+    (dict(name="vector_tiny", event_shape=(1,)), "at least 2 dimensions"),
     (dict(num_classes=0), "at least 1"),
     (dict(widht=3), "does not take these overrides"),
     (dict(coupling="spline"), "expected one of"),

@@ -1,10 +1,11 @@
 """Coupling: one half of the channels is transformed under the guidance of the other half."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from flowaug.bijections.base import Bijection
-from flowaug.nn import ConvConditioner
 
 MAX_LOG = 2.0  # bound on every log-scale, and on the norm of every matrix that is exponentiated
 RANK = 3  # rank of the matrix form where c × c matrices would be too large
@@ -180,16 +181,15 @@ class Coupling(Bijection):
     """``[x1, x2] → [x1, T(x2; conditioner(x1))]``, halves of the channels.
 
     Args:
-        channels: number of channels, even.
+        channels: number of channels, at least 2; of an odd number the larger half conditions.
         kind: "additive", "affine" or "matrix_exp".
-        hidden: width of the conditioner.
-        blocks: residual blocks of the conditioner.
+        make_conditioner: builds the network, given its numbers of input and output channels.
     """
 
-    def __init__(self, channels: int, kind: str, hidden: int, blocks: int):
+    def __init__(self, channels: int, kind: str, make_conditioner: Callable[[int, int], nn.Module]):
         super().__init__()
         self.transform = make_transform(kind, channels // 2)
-        self.conditioner = ConvConditioner(channels - channels // 2, self.transform.num_raw, hidden, blocks)
+        self.conditioner = make_conditioner(channels - channels // 2, self.transform.num_raw)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to the same shape."""
