@@ -1,4 +1,4 @@
-"""The command ``flowaug``: look at a flow before training with it."""
+"""The command ``flowaug``: look at a flow before training with it, check that it keeps labels, write its images."""
 
 import argparse
 import sys
@@ -7,7 +7,11 @@ from pathlib import Path
 import torch
 
 from flowaug.checkpoint import list_pretrained, read_config
-from flowaug.data import load_dataset, stack_images
+from flowaug.data import ImageDataset, load_dataset, stack_images
+from flowaug.evaluation import WEIGHTS, label_preservation, write_report
+from flowaug.export import FORMATS, export
+from flowaug.mixup import PARTNERS
+from flowaug.oracle import SMALL_STEPS, Oracle, load_oracle, small_oracle
 from flowaug.report import draw_augmented, one_per_class
 from flowaug.transform import FlowMixupTransform
 
@@ -17,16 +21,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="flowaug", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="bundled flows").set_defaults(run=list_flows)
-    preview = commands.add_parser("preview", help="write a grid of images, original and augmented at several weights")
-    preview.add_argument("flow", nargs="?", default="digits", help="folder of a flow, bundled name, hf-hub:… (digits)")
-    preview.add_argument("--dataset", help="digits or fashion_mnist; default: what the flow was trained on")
-    preview.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
-    preview.add_argument("--split", default="val", choices=("train", "val"), help="which images to show")
-    preview.add_argument("--classes", type=int, default=10, help="classes to show, one row each")
-    preview.add_argument("--rank", type=int, help="leading class axes to move along; default: all fitted")
-    preview.add_argument("--output", type=Path, default=Path("preview.png"), help="where to write the PNG")
-    preview.set_defaults(run=preview_flow)
+    _preview_options(commands.add_parser("preview", help="write a grid of images, original and augmented"))
+    _evaluate_options(
+        commands.add_parser("evaluate", help="does it keep labels? an oracle's accuracy before and after")
+    )
+    _export_options(commands.add_parser("export", help="write an augmented copy of a data set"))
     return parser.parse_args(argv)
+
+
+def _common_options(parser: argparse.ArgumentParser, split: str, output: str, what: str) -> None:
+    parser.add_argument("flow", nargs="?", default="digits", help="folder of a flow, bundled name, hf-hub:… (digits)")
+    parser.add_argument("--dataset", help="digits or fashion_mnist; default: what the flow was trained on")
+    parser.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
+    parser.add_argument("--split", default=split, choices=("train", "val"), help=f"which images ({split})")
+    parser.add_argument("--rank", type=int, help="leading class axes to move along; default: all fitted")
+    parser.add_argument("--luminance", action="store_true", help="let a grey flow move the luminance of RGB images")
+    parser.add_argument("--output", type=Path, default=Path(output), help=f"{what} ({output})")
+
+
+def _preview_options(parser: argparse.ArgumentParser) -> None:
+    _common_options(parser, "val", "preview.png", "where to write the PNG")
+    parser.add_argument("--classes", type=int, default=10, help="classes to show, one row each")
+    parser.set_defaults(run=preview_flow)
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    _common_options(parser, "val", "runs/evaluate", "folder for the report")
+    parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="shares of the partner")
+    parser.add_argument("--oracle", help="timm model, hf-hub:… or local-dir:…; default: a small one, trained and kept")
+    parser.add_argument("--oracle-checkpoint", type=Path, help="weights of --oracle, trained on this data set")
+    parser.add_argument("--oracle-steps", type=int, default=SMALL_STEPS, help="training steps of the small oracle")
+    parser.add_argument("--image-size", type=int, help="height and width of the images; default: the flow's own")
+    parser.add_argument("--max-images", type=int, default=10_000, help="judge a random subset of larger data sets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of partners, subset and small oracle")
+    parser.set_defaults(run=evaluate_flow)
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    _common_options(parser, "train", "runs/export", "folder to write to; an interrupted export goes on")
+    parser.add_argument("--copies", type=int, default=1, help="augmented copies of each image")
+    parser.add_argument("--originals", action="store_true", help="write the images themselves too")
+    parser.add_argument("--format", default="folder", choices=FORMATS, help="image folder of PNGs, or .tar shards")
+    parser.add_argument("--p", type=float, default=1.0, help="share of the images that are augmented")
+    parser.add_argument("--alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")
+    parser.add_argument("--partner", default="bank", choices=PARTNERS, help="where partners come from")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the augmentation")
+    parser.set_defaults(run=export_images)
 
 
 def list_flows(args: argparse.Namespace) -> None:
@@ -38,17 +78,77 @@ def list_flows(args: argparse.Namespace) -> None:
 
 def preview_flow(args: argparse.Namespace) -> None:
     """Write the grid and say where it is."""
-    name, folder = args.dataset, args.data_dir
-    if not (name or folder):
-        recipe = read_config(args.flow).get("recipe", {})
-        name, folder = recipe.get("dataset"), recipe.get("data_dir")
-    data = load_dataset(name, folder, args.split)
-    transform = FlowMixupTransform.from_pretrained(args.flow, rank=args.rank, class_names=data.class_names)
+    data, transform = _open(args)
     chosen = one_per_class(torch.as_tensor(data.targets), args.classes)
     subset = data.subset(chosen.numpy())
     x = stack_images(subset, transform.flow.event_shape[1:], data.channels)
     path = draw_augmented(transform, x, torch.as_tensor(subset.targets), args.output)
     print(f"{path}: {len(x)} images, original and mixed with a training image of their class")
+
+
+def evaluate_flow(args: argparse.Namespace) -> None:
+    """Write the label-preservation report and say where it is."""
+    data, transform = _open(args)
+    if len(data) > args.max_images:
+        generator = torch.Generator().manual_seed(args.seed)
+        data = data.subset(torch.randperm(len(data), generator=generator)[: args.max_images].sort().values.numpy())
+    channels = max(data.channels, transform.flow.event_shape[0])
+    size = (args.image_size,) * 2 if args.image_size else tuple(transform.flow.event_shape[1:])
+    oracle = _oracle(args, data, size, channels)
+    images, targets = stack_images(data, size, channels), torch.as_tensor(data.targets)
+    report = label_preservation(transform, oracle, images, targets, args.weights, args.seed)
+    path = write_report(report, data.class_names, args.output, f"{args.flow} on {data.name} ({args.split})")
+    shown = ", ".join(f"{row['accuracy']:.4f} at w = {row['weight']:g}" for row in report["weights"])
+    print(f"oracle accuracy {report['original']['accuracy']:.4f} on {len(images)} originals; {shown}")
+    print(f"{path}, labels.json, labels.png")
+
+
+def export_images(args: argparse.Namespace) -> None:
+    """Write the copies and say how many."""
+    options = {name: getattr(args, name) for name in ("p", "alpha", "partner")}
+    data, transform = _open(args, **options)
+    settings = {**options, "rank": args.rank, "luminance": args.luminance, "flow": _identity(args.flow)}
+    names = ("copies", "originals", "split", "seed")
+    chosen = {name: getattr(args, name) for name in names}
+    counts = export(transform, data, args.output, layout=args.format, settings=settings, **chosen)
+    print(
+        f"{args.output}: {counts['images']} images written, {counts['kept']} there before; {counts['augmented']} "
+        f"augmented, {counts['refused']} sent back by the guard, {counts['no_partner']} without a partner"
+    )
+
+
+def _open(args: argparse.Namespace, **options) -> tuple[ImageDataset, FlowMixupTransform]:
+    name, folder = _data_of(args)
+    data = load_dataset(name, folder, args.split)
+    names = {"class_names": data.class_names}
+    transform = FlowMixupTransform.from_pretrained(
+        args.flow, rank=args.rank, luminance=args.luminance, **names, **options
+    )
+    return data, transform
+
+
+def _data_of(args: argparse.Namespace) -> tuple[str | None, str | Path | None]:
+    if args.dataset or args.data_dir:
+        return args.dataset, args.data_dir
+    recipe = read_config(args.flow).get("recipe", {})
+    return recipe.get("dataset"), recipe.get("data_dir")
+
+
+def _oracle(args: argparse.Namespace, data: ImageDataset, size: tuple[int, int], channels: int) -> Oracle:
+    if args.oracle:
+        return load_oracle(args.oracle, len(data.class_names), channels, args.oracle_checkpoint, args.image_size)
+    if args.oracle_checkpoint:
+        raise ValueError("--oracle-checkpoint needs --oracle, the timm model that the weights belong to")
+    if args.split == "train":
+        raise ValueError("the small oracle trains on the train split; judge --split val, or give an --oracle")
+    name, folder = _data_of(args)
+    cache = args.output.parent / "oracles"
+    return small_oracle(load_dataset(name, folder, "train"), cache, size, channels, args.oracle_steps, args.seed)
+
+
+def _identity(flow: str) -> str:
+    """What tells the weights and axes of one flow from another's."""
+    return "-".join(digest[:16] for digest in read_config(flow)["sha256"].values())
 
 
 def main(argv: list[str] | None = None) -> None:

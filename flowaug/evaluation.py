@@ -1,0 +1,154 @@
+"""Does the augmentation keep the labels? An oracle's accuracy on augmented against original images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowaug.checkpoint import write_atomic, write_json
+from flowaug.oracle import Oracle
+from flowaug.plots import curves
+from flowaug.report import fixed_plan
+from flowaug.transform import FlowMixupTransform
+
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BATCH = 256
+
+
+def label_preservation(
+    transform: FlowMixupTransform,
+    oracle: Oracle,
+    images: Tensor,
+    targets: Tensor,
+    weights: Sequence[float] = WEIGHTS,
+    seed: int = 0,
+) -> dict:
+    """Judge original and augmented images.
+
+    Every image is mixed with a random training image of its class by each weight in turn. Images that the guard of the
+    transform sends back count as they are, and their share is reported.
+
+    Args:
+        transform: the augmentation, for images in [0, 1] or uint8; its own generator is not used.
+        oracle: a classifier that did not train on these images.
+        images: uint8 (N, C, H, W).
+        targets: labels (N,).
+        weights: shares of the partner.
+        seed: seed of the partners.
+
+    Returns:
+        ``images, oracle, original`` and for each weight a row of ``accuracy`` (all images), ``kept`` (share of those
+        right before that are right after), ``per_class`` (accuracy by label, None where there is no image), ``moved``
+        (share that was changed) and ``rms_distance`` (root mean square change of a pixel, pixels in [0, 1]).
+
+    Raises:
+        ValueError: no image, not one label each, or images that the transform does not take.
+    """
+    if len(images) == 0 or len(images) != len(targets):
+        raise ValueError(
+            f"{len(images)} images and {len(targets)} labels; expected at least one image, a label for each"
+        )
+    transform(images[:0], targets[:0])  # an empty batch: its checks, no draw
+    bar = tqdm(total=len(images) * len(weights), desc="judging", unit=" images", leave=False, delay=2)
+    with bar:
+        before = torch.cat([oracle(part) for part in _parts(transform, images)]) == targets
+        rows = [_judge(transform, oracle, images, targets, before, w, seed, bar) for w in weights]
+    original = {"accuracy": _mean(before), "per_class": _per_class(transform, before, targets)}
+    return {"images": len(images), "oracle": oracle.name, "original": original, "weights": rows}
+
+
+def _parts(transform: FlowMixupTransform, images: Tensor):
+    return (transform.pixels(part) for part in images.split(BATCH))
+
+
+def _judge(transform, oracle, images, targets, before: Tensor, weight: float, seed: int, bar) -> dict:
+    right, squared, moved = [], 0.0, 0
+    for start in range(0, len(images), BATCH):
+        x, y = transform.pixels(images[start : start + BATCH]), targets[start : start + BATCH]
+        augmented = transform.apply(x, y, fixed_plan(transform, y, weight, seed + start))
+        right.append(oracle(augmented) == y)
+        change = (augmented - x).double().flatten(1)
+        squared += change.square().mean(1).sum().item()
+        moved += int((change != 0).any(1).sum())
+        bar.update(len(x))
+    right = torch.cat(right)
+    return {
+        "weight": weight,
+        "accuracy": _mean(right),
+        "kept": _mean(right[before]) if before.any() else None,
+        "moved": moved / len(images),
+        "rms_distance": (squared / len(images)) ** 0.5,
+        "per_class": _per_class(transform, right, targets),
+    }
+
+
+def _mean(right: Tensor) -> float:
+    return right.double().mean().item()
+
+
+def _per_class(transform: FlowMixupTransform, right: Tensor, targets: Tensor) -> list[float | None]:
+    groups = (right[targets == label] for label in range(transform.pca.num_classes))
+    return [_mean(group) if len(group) else None for group in groups]
+
+
+def write_report(report: dict, class_names: Sequence[str], folder: Path, title: str) -> Path:
+    """Write ``labels.json``, ``labels.md`` and ``labels.png``.
+
+    Args:
+        report: what :func:`label_preservation` returned.
+        class_names: names in label order.
+        folder: where to.
+        title: which flow on which images.
+
+    Returns:
+        The markdown file.
+    """
+    write_json(folder / "labels.json", {"title": title, "class_names": list(class_names), **report})
+    write_atomic(folder / "labels.md", _markdown(report, class_names, title).encode())
+    weights = [row["weight"] for row in report["weights"]]
+    series = {
+        "accuracy of the oracle": (weights, [row["accuracy"] for row in report["weights"]]),
+        "RMS distance moved": (weights, [row["rms_distance"] for row in report["weights"]]),
+    }
+    curves(series, folder / "labels.png", xlabel="share of the partner", title=title)
+    return folder / "labels.md"
+
+
+def _markdown(report: dict, class_names: Sequence[str], title: str) -> str:
+    rows = report["weights"]
+    columns = ["original", *(f"w = {row['weight']:g}" for row in rows)]
+    by_class = [report["original"]["per_class"], *(row["per_class"] for row in rows)]
+    lines = [(name, *(_show(values[k]) for values in by_class)) for k, name in enumerate(class_names)]
+    return f"""# Label preservation: {title}
+
+Accuracy of an oracle ({report["oracle"]}) on {report["images"]} images before and after mixing each with a random
+training image of its class; w is the share of the partner. "kept": of the images that the oracle gets right before, the
+share that it gets right after. "moved": share that changed at all (the others were sent back by the guard, or w is 0).
+"distance": root mean square change of a pixel, pixels in [0, 1].
+
+{_table(("", *columns), _overall(report))}
+
+By class:
+
+{_table(("class", *columns), lines)}
+
+![accuracy and distance by weight](labels.png)
+"""
+
+
+def _overall(report: dict) -> list[tuple[str, ...]]:
+    rows, blank = report["weights"], "–"
+    accuracy = (_show(report["original"]["accuracy"]), *(_show(row["accuracy"]) for row in rows))
+    others = {"kept": "kept", "moved": "moved", "distance": "rms_distance"}
+    return [("accuracy", *accuracy), *((n, blank, *(_show(row[key]) for row in rows)) for n, key in others.items())]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _show(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,206 @@
+"""An augmented copy of a data set on disk, as an image folder or webdataset shards: the papers' offline mode."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from flowaug.checkpoint import write_atomic, write_json
+from flowaug.data import ImageDataset
+from flowaug.transform import FlowMixupTransform
+
+FORMATS = ("folder", "webdataset")
+CHUNK = 256  # images whose random choices belong together
+MANIFEST = "export.json"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images ``start`` to ``stop`` of the data set in copy number ``copy``; copy 0 is the originals."""
+
+    copy: int
+    start: int
+    stop: int
+
+    @property
+    def indices(self) -> range:
+        """Positions in the data set."""
+        return range(self.start, self.stop)
+
+
+def export(
+    transform: FlowMixupTransform,
+    dataset: ImageDataset,
+    folder: Path,
+    *,
+    copies: int = 1,
+    originals: bool = False,
+    layout: str = "folder",
+    split: str = "train",
+    seed: int = 0,
+    settings: dict | None = None,
+) -> dict:
+    """Write ``copies`` augmented copies of every image, at its own size, as PNG.
+
+    The random choices depend on the seed, the copy and the position of the image alone, so an interrupted export goes
+    on where it stopped and ends in the same files, and more copies can be added later. Files that are there are kept.
+
+    Args:
+        transform: the augmentation, for uint8 images; its generator is set anew for each chunk.
+        dataset: the images; its transform is not applied.
+        folder: where to. An image folder becomes ``folder/split/class/*.png``, shards ``folder/split-COPY-CHUNK.tar``.
+        copies: augmented copies of each image.
+        originals: write the images themselves too, as copy 0.
+        layout: "folder" or "webdataset" (PNG and class number, ``.png`` and ``.cls``).
+        split: "train" or "val", for the names.
+        seed: seed of the augmentation.
+        settings: further facts that must agree when an export goes on, for example the flow's name.
+
+    Returns:
+        ``images`` written now, ``kept`` from before, and the transform's counts.
+
+    Raises:
+        ValueError: unknown layout, nothing to write, class names that clash as folders, or a folder that holds another
+            export.
+    """
+    _check(layout, copies, originals)
+    names = _folder_names(dataset.class_names)
+    facts = {"data": dataset.fingerprint(), "split": split, "layout": layout, "seed": seed, **(settings or {})}
+    _claim(folder, facts, dataset.class_names)
+    writer = {"folder": FolderWriter, "webdataset": ShardWriter}[layout](folder, split, names)
+    chunks = list(_chunks(len(dataset), range(0 if originals else 1, copies + 1)))
+    written = 0
+    with tqdm(total=len(chunks) * CHUNK, desc="exporting", unit=" images", leave=False, delay=2) as bar:
+        for chunk in chunks:
+            written += _export_chunk(transform, dataset, chunk, writer, seed)
+            bar.update(CHUNK)
+    total = sum(len(chunk.indices) for chunk in chunks)
+    return {"images": written, "kept": total - written, **transform.counts}
+
+
+def _export_chunk(transform, dataset: ImageDataset, chunk: Chunk, writer, seed: int) -> int:
+    missing = writer.missing(dataset, chunk)
+    if missing:
+        writer.write(dataset, chunk, _augmented(transform, dataset, chunk, seed), missing)
+    return len(missing)
+
+
+def _augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk, seed: int) -> dict[int, Image.Image]:
+    """The images of a chunk by their position; those of one size go through the flow together."""
+    images = {i: dataset.image(i) for i in chunk.indices}
+    if chunk.copy == 0:
+        return images
+    transform.sampler.rng = np.random.default_rng([seed, chunk.copy, chunk.start])
+    sizes: dict[tuple, list[int]] = {}
+    for i, image in images.items():
+        sizes.setdefault(image.size, []).append(i)
+    for members in sizes.values():
+        x = torch.stack([_to_tensor(images[i]) for i in members])
+        mixed, _ = transform(x, torch.as_tensor(dataset.targets[members]))
+        images.update(zip(members, map(_to_image, mixed), strict=True))
+    return images
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
+
+
+def _to_image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class FolderWriter:
+    """One PNG per image in ``folder/split/class``."""
+
+    def __init__(self, folder: Path, split: str, names: list[str]):
+        self.root, self.names = folder / split, names
+
+    def path(self, dataset: ImageDataset, copy: int, index: int) -> Path:
+        """Where an image goes."""
+        return self.root / self.names[dataset.targets[index]] / f"{index:07d}-{copy}.png"
+
+    def missing(self, dataset: ImageDataset, chunk: Chunk) -> list[int]:
+        """Positions of the images that are not there yet."""
+        return [i for i in chunk.indices if not self.path(dataset, chunk.copy, i).is_file()]
+
+    def write(self, dataset: ImageDataset, chunk: Chunk, images: dict[int, Image.Image], missing: list[int]) -> None:
+        """Write the missing ones, each complete or not at all."""
+        for i in missing:
+            write_atomic(self.path(dataset, chunk.copy, i), _png(images[i]))
+
+
+class ShardWriter:
+    """One tar per chunk; a shard that was interrupted is not there and is written anew."""
+
+    def __init__(self, folder: Path, split: str, names: list[str]):
+        self.folder, self.split = folder, split
+
+    def path(self, chunk: Chunk) -> Path:
+        """Where a chunk goes."""
+        return self.folder / f"{self.split}-{chunk.copy:02d}-{chunk.start // CHUNK:06d}.tar"
+
+    def missing(self, dataset: ImageDataset, chunk: Chunk) -> list[int]:
+        """All positions of the chunk, or none."""
+        return [] if self.path(chunk).is_file() else list(chunk.indices)
+
+    def write(self, dataset: ImageDataset, chunk: Chunk, images: dict[int, Image.Image], missing: list[int]) -> None:
+        """Write the shard as a whole, with neither dates nor owners, so that equal exports are equal files."""
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as shard:
+            for i in missing:
+                key = f"{chunk.copy:02d}-{i:07d}"
+                for suffix, data in (("png", _png(images[i])), ("cls", str(dataset.targets[i]).encode())):
+                    entry = tarfile.TarInfo(f"{key}.{suffix}")
+                    entry.size = len(data)
+                    shard.addfile(entry, io.BytesIO(data))
+        write_atomic(self.path(chunk), buffer.getvalue())
+
+
+def _chunks(count: int, copies: range) -> Iterator[Chunk]:
+    for copy in copies:
+        for start in range(0, count, CHUNK):
+            yield Chunk(copy, start, min(start + CHUNK, count))
+
+
+def _check(layout: str, copies: int, originals: bool) -> None:
+    if layout not in FORMATS:
+        raise ValueError(f"layout is {layout!r}; expected one of {FORMATS}")
+    if copies < 0 or (copies == 0 and not originals):
+        raise ValueError(f"copies is {copies}; expected at least 1, or 0 with originals=True to write the images alone")
+
+
+def _folder_names(class_names: tuple[str, ...]) -> list[str]:
+    """Class names with what cannot stand in a file name replaced."""
+    names = ["".join("_" if c in '/\\:*?"<>|' else c for c in name) for name in class_names]
+    if len(set(names)) < len(names):
+        raise ValueError(f"some class names are the same as folder names: {sorted(names)}; rename the classes")
+    return names
+
+
+def _claim(folder: Path, facts: dict, class_names: tuple[str, ...]) -> None:
+    """Write the manifest, or check that the folder holds a part of this very export."""
+    path, facts = folder / MANIFEST, json.loads(json.dumps(facts))
+    if not path.is_file():
+        write_json(path, {**facts, "class_names": list(class_names)})
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in facts.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{folder} holds another export: its {key} is {found.get(key)!r}, not {value!r}; "
+                "choose another folder or delete this one"
+            )

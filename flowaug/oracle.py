@@ -1,0 +1,144 @@
+"""The classifier that judges augmented images: any timm checkpoint, or a small model trained on the spot and kept."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flowaug.checkpoint import pack, write_atomic
+from flowaug.classifier import BatchPipeline
+from flowaug.data import ImageDataset, batches, stack_images
+from flowaug.fitting import random_shift
+
+SMALL_MODEL, SMALL_STEPS, SMALL_BATCH = "test_resnet", 300, 64
+
+
+class Oracle:
+    """A frozen classifier of pixels.
+
+    Args:
+        model: takes normalised images (B, C, H, W), gives logits (B, K).
+        input_size: (C, H, W) of the model.
+        mean: normalisation per channel.
+        std: normalisation per channel.
+        name: what reports call it.
+    """
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int, int], mean, std, name: str):
+        self.model, self.name = model.eval().requires_grad_(False), name
+        self.pipeline = BatchPipeline(input_size, mean, std)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """The most likely label (B,) of each image (B, 1 or C, H, W) in [0, 1]."""
+        channels = self.pipeline.input_size[0]
+        if x.shape[1] not in (1, channels):
+            raise ValueError(f"the oracle takes {channels} channels but the images have {x.shape[1]}; use another one")
+        return self.model(self.pipeline.normalise(x.expand(-1, channels, -1, -1))).argmax(1)
+
+
+def load_oracle(
+    name: str, num_classes: int, channels: int = 3, checkpoint: Path | None = None, size: int | None = None
+) -> Oracle:
+    """Load a trained timm model.
+
+    Args:
+        name: timm model with weights of its own, ``hf-hub:``, ``local-dir:``, or the architecture of ``checkpoint``.
+        num_classes: classes K that the model must know, in the order of the data set.
+        channels: channels of the images that ``checkpoint`` was trained on.
+        checkpoint: weights (.safetensors, or a .pth that holds tensors only).
+        size: height and width to give it; default: the model's own.
+
+    Raises:
+        ValueError: unknown model, another number of classes, or weights that do not fit.
+        FileNotFoundError: no such checkpoint.
+    """
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"no weights at {str(checkpoint)!r}; give a .safetensors or .pth file of {name!r}")
+    try:
+        options = {} if checkpoint is None else {"num_classes": num_classes, "in_chans": channels}
+        model = timm.create_model(name, pretrained=checkpoint is None, **options)
+        if checkpoint is not None:
+            load_checkpoint(model, str(checkpoint), weights_only=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the oracle {name!r} cannot be loaded: {reason}") from error
+    if model.num_classes != num_classes:
+        raise ValueError(
+            f"the oracle {name!r} knows {model.num_classes} classes but the data set has {num_classes}; give a "
+            "checkpoint of this data set, or leave the oracle out to train a small one"
+        )
+    config = resolve_model_data_config(model)
+    channels = channels if checkpoint else config["input_size"][0]
+    mean, std = (v if channels == 3 else (sum(v) / len(v),) for v in (config["mean"], config["std"]))
+    shape = config["input_size"][1:] if size is None else (size, size)
+    return Oracle(model, (channels, *shape), mean, std, name)
+
+
+def small_oracle(
+    train: ImageDataset,
+    cache: Path,
+    image_size: tuple[int, int],
+    channels: int,
+    steps: int = SMALL_STEPS,
+    seed: int = 0,
+) -> Oracle:
+    """Train a small model on a data set, or take the one trained for it earlier.
+
+    Args:
+        train: training images; the judged ones should not be among them.
+        cache: folder that keeps one file of weights per data set and setting.
+        image_size: (H, W) at which the images are read, as those to be judged.
+        channels: 1 or 3.
+        steps: optimiser steps.
+        seed: seed of weights, order and shifts.
+    """
+    path = cache / f"{train.name}-{_key(train, image_size, channels, steps, seed)}.safetensors"
+    side = max(32, min(64, max(image_size)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model(SMALL_MODEL, num_classes=len(train.class_names), in_chans=channels)
+        oracle = Oracle(model, (channels, side, side), (0.5,), (0.5,), f"{SMALL_MODEL}, {steps} steps on {train.name}")
+        if path.is_file():
+            model.load_state_dict(load_file(path))
+            return oracle
+        _fit(oracle, stack_images(train, image_size, channels), torch.as_tensor(train.targets), steps, seed)
+    write_atomic(path, pack(model.state_dict()))
+    return oracle
+
+
+def _key(train: ImageDataset, *settings) -> str:
+    return hashlib.sha256(json.dumps([train.fingerprint(), SMALL_MODEL, SMALL_BATCH, settings]).encode()).hexdigest()[
+        :12
+    ]
+
+
+def _fit(oracle: Oracle, images: Tensor, targets: Tensor, steps: int, seed: int) -> None:
+    """AdamW on one cosine, images shifted by up to an eighth of their side."""
+    model, generator = oracle.model.train().requires_grad_(True), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    stream = _endless(images, targets, seed)
+    for _ in tqdm(range(steps), "training an oracle", leave=False, delay=2):
+        x, y = next(stream)
+        x = random_shift(x, max(images.shape[2:]) // 8, generator)
+        F.cross_entropy(model(oracle.pipeline.normalise(x)), y, label_smoothing=0.1).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.eval().requires_grad_(False)
+
+
+def _endless(images: Tensor, targets: Tensor, seed: int):
+    size, epoch = min(SMALL_BATCH, len(images)), 0
+    while True:
+        yield from batches(images, targets, size, shuffle=True, seed=seed, epoch=epoch, drop_last=True)
+        epoch += 1

@@ -1,0 +1,147 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowaug import FlowMixupTransform
+from flowaug.data import ImageDataset
+from flowaug.evaluation import label_preservation, write_report
+from flowaug.oracle import Oracle, load_oracle, small_oracle
+from flowaug.report import fixed_plan
+from tests.conftest import NAMES, make_flow, make_pca
+
+WEIGHTS = (0.0, 0.5, 1.0)
+
+
+class Brightness(torch.nn.Module):
+    """Calls dark images 0, middling ones 1, bright ones 2."""
+
+    def forward(self, x):
+        return -(x.mean((1, 2, 3))[:, None] - torch.tensor([0.2, 0.5, 0.8])).abs()
+
+
+def oracle(model=None):
+    return Oracle(model or Brightness(), (3, 8, 8), (0.0,), (1.0,), "brightness")
+
+
+def bright_images(count=9, noise=15):
+    pixels = np.random.default_rng(0).integers(-noise, noise + 1, (count, 8, 8, 3)) + 128
+    targets = np.arange(count) % 3
+    return (pixels + (targets - 1)[:, None, None, None] * 76).astype(np.uint8), targets
+
+
+@pytest.fixture
+def transform(flow, pca):
+    return FlowMixupTransform(flow, pca, p=1.0)
+
+
+@pytest.fixture
+def batch():
+    pixels, targets = bright_images()
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(targets)
+
+
+def test_report_equals_a_direct_computation(transform, batch):
+    images, targets = batch
+    report = label_preservation(transform, oracle(), images, targets, WEIGHTS)
+    assert report["original"] == {"accuracy": 1.0, "per_class": [1.0, 1.0, 1.0]}
+    x = images.float() / 255
+    for row in report["weights"]:
+        augmented = transform.apply(x, targets, fixed_plan(transform, targets, row["weight"]))
+        right = oracle()(augmented) == targets
+        assert row["accuracy"] == pytest.approx(right.double().mean().item())
+        assert row["kept"] == row["accuracy"]
+        assert row["per_class"] == [right[targets == k].double().mean().item() for k in range(3)]
+        assert row["rms_distance"] == pytest.approx((augmented - x).square().mean().sqrt().item(), abs=1e-6)
+
+
+def test_weight_zero_moves_nothing_and_weights_move_ever_further(transform, batch):
+    rows = label_preservation(transform, oracle(), *batch, WEIGHTS)["weights"]
+    assert (rows[0]["moved"], rows[0]["rms_distance"], rows[0]["accuracy"]) == (0, 0, 1)
+    assert rows[0]["rms_distance"] < rows[1]["rms_distance"] < rows[2]["rms_distance"]
+
+
+def test_what_the_guard_sends_back_does_not_count_as_moved(transform, batch, monkeypatch):
+    monkeypatch.setattr(transform.flow, "decode", lambda z: torch.full((len(z), 3, 8, 8), 1e6))
+    row = label_preservation(transform, oracle(), *batch, (1.0,))["weights"][0]
+    assert (row["moved"], row["rms_distance"]) == (0, 0)
+
+
+def test_an_oracle_that_is_always_wrong(transform, batch):
+    images, _ = batch
+    report = label_preservation(transform, oracle(), images, torch.full((9,), 2), (0.5,))
+    assert report["original"]["per_class"] == [None, None, pytest.approx(1 / 3)]
+    report = label_preservation(transform, oracle(), images[:1], torch.tensor([2]), (0.5,))
+    assert report["weights"][0]["kept"] is None
+
+
+def test_no_images(transform, batch):
+    with pytest.raises(ValueError, match="0 images and 0 labels"):
+        label_preservation(transform, oracle(), batch[0][:0], batch[1][:0])
+
+
+def test_rgb_images_before_a_grey_flow_need_luminance(batch):
+    flow = make_flow((1, 8, 8))
+    pca = make_pca(flow)
+    with pytest.raises(ValueError, match="luminance=True"):
+        label_preservation(FlowMixupTransform(flow, pca), oracle(), *batch)
+    rows = label_preservation(FlowMixupTransform(flow, pca, luminance=True), oracle(), *batch, (0.5,))["weights"]
+    assert rows[0]["moved"] == 1
+
+
+def test_files(transform, batch, tmp_path):
+    report = label_preservation(transform, oracle(), *batch, WEIGHTS)
+    path = write_report(report, ("ant|hill", *NAMES[1:]), tmp_path, "a flow on images")
+    text = path.read_text()
+    assert "| accuracy | 1.0000 | 1.0000 |" in text
+    assert "| ant\\|hill | 1.0000 |" in text
+    assert json.loads((tmp_path / "labels.json").read_text())["weights"] == report["weights"]
+    with Image.open(tmp_path / "labels.png") as image:
+        assert image.width > 300
+
+
+def test_small_oracle_learns_and_is_kept(tmp_path):
+    data = ImageDataset(*bright_images(60), NAMES, name="bright")
+    state = torch.get_rng_state()
+    first = small_oracle(data, tmp_path, (8, 8), 3, steps=30)
+    assert torch.equal(torch.get_rng_state(), state)
+    images, targets = bright_images(30, noise=10)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    predicted = first(x)
+    assert (predicted == torch.from_numpy(targets)).float().mean() > 0.9
+    (path,) = tmp_path.iterdir()
+    stamp = path.stat().st_mtime_ns
+    assert torch.equal(small_oracle(data, tmp_path, (8, 8), 3, steps=30)(x), predicted)
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_oracle_from_a_checkpoint(tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = load_oracle("test_resnet", 3, 3, tmp_path / "model.safetensors", 32)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(loaded.pipeline.normalise(x)).argmax(1))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_oracle("test_resnet", 5, 3, tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="no weights at 'nowhere"):
+        load_oracle("test_resnet", 3, 3, "nowhere.pth")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_oracle("no_such_model", 3, 3, tmp_path / "model.safetensors")
+
+
+def test_grey_images_before_an_rgb_oracle():
+    assert oracle()(torch.full((2, 1, 8, 8), 0.8)).tolist() == [2, 2]
+    with pytest.raises(ValueError, match="takes 3 channels"):
+        oracle()(torch.zeros(2, 2, 8, 8))
+
+
+def test_grey_flow_on_grey_images():
+    flow = make_flow((1, 8, 8))
+    transform = FlowMixupTransform(flow, make_pca(flow))
+    report = label_preservation(transform, oracle(), torch.full((3, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(3))
+    assert report["original"]["accuracy"] == pytest.approx(1 / 3)
