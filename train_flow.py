@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
 from flowaug import ClassMoments, create_flow, list_flows
@@ -149,9 +150,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     flow.class_names = dataset.class_names
     initialise(flow, table, args)
     flow.to(device)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay), use_buffers=False
-    )
+    averaged = ModelEmaV3(flow, decay=args.ema_decay, use_warmup=True)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
     log, state_path = MetricsLog(args.output, accelerator.is_main_process), args.output / "state.safetensors"
     start = 0
@@ -162,7 +161,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     bar = tqdm(
         total=args.steps, initial=start, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True
     )
-    began = time.time()
+    began, running = time.time(), torch.zeros((), device=device)
     for step, (x, y) in zip(range(start, args.steps), training_batches(table, args, start), strict=False):
         generator.manual_seed((args.seed << 40) + (step << 12) + accelerator.process_index)
         for group in optimizer.param_groups:
@@ -173,13 +172,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        averaged.update_parameters(flow)
+        running.lerp_(loss.detach(), min(1.0, 0.02 + 1 / (step + 1 - start)))
+        averaged.update(flow, step=step)
         if step + 1 == args.solve_at:
             moments = class_moments(flow, table, device, accelerator.reduce, args.seed)
             log.note("fixed_point", solve_gaussians(flow, moments, args))
             averaged.module.gaussians.load_state_dict(flow.gaussians.state_dict())
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            log.write(step + 1, evaluate(averaged.module, val, device, accelerator.reduce), bar)
+            values = evaluate(averaged.module, val, device, accelerator.reduce)
+            log.write(step + 1, {"train_bits_per_dim": running.item(), **values}, bar)
         if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
             save_state(state_path, snapshot(step + 1, recipe_of(args), flow, averaged, optimizer, log))
         bar.update()

@@ -156,7 +156,12 @@ def load_flow(source: str | Path, device: torch.device | str = "cpu") -> Flow:
     shape, overrides = tuple(config["event_shape"]), config["overrides"]
     keys = ("num_classes", "grey_levels")
     flow = create_flow(config["architecture"], event_shape=shape, **{k: config[k] for k in keys}, **overrides)
-    flow.load_state_dict(_read_tensors(find_flow(source), WEIGHTS, config))
+    tensors = _read_tensors(find_flow(source), WEIGHTS, config)
+    try:
+        flow.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = "its weights are those of another version of flowaug or of another architecture"
+        raise ValueError(f"the flow at {str(source)!r} does not fit {config['architecture']}: {reason}") from error
     flow.class_names = tuple(config["class_names"]) if config.get("class_names") else None
     return flow.to(device).eval().requires_grad_(False)
 

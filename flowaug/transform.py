@@ -115,7 +115,7 @@ class FlowMixupTransform:
         Returns:
             New images of the same shape, dtype and layout, and ``y`` itself.
         """
-        self._check(x, y)
+        self._check_values(x, y)
         return self.apply(x, y, self.plan(y)), y
 
     def plan(self, y: Tensor) -> MixPlan:
@@ -125,6 +125,7 @@ class FlowMixupTransform:
     @torch.no_grad()
     def apply(self, x: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
         """Carry a plan out on images ``x`` (B, C, H, W) with labels ``y`` (B,); returns new images."""
+        self._check_form(x, y)
         out = x.clone()
         known = y[plan.index].clamp(0, self.pca.num_classes - 1)
         with torch.autocast(x.device.type, enabled=False):
@@ -204,29 +205,29 @@ class FlowMixupTransform:
         sizes = f"K={self.pca.num_classes}, rank={self.pca.rank}"
         return f"FlowMixupTransform({name} {self.flow.event_shape}, {sizes}, {counts})"
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
+    def _check_form(self, x: Tensor, y: Tensor) -> None:
         _check_batch(x, y, self.pca.axes.device)
-        self._check_channels(x.shape[1])
-        if self._first or x.device.type == "cpu":  # elsewhere a look at values would make the host wait
-            self._check_values(x, y)
-        self._first = False
-
-    def _check_channels(self, channels: int) -> None:
-        wanted = self.flow.event_shape[0]
+        channels, wanted = x.shape[1], self.flow.event_shape[0]
         if channels == wanted or (wanted == 1 and channels == 3 and self.luminance):
             return
         hint = "; pass luminance=True to move the luminance of RGB images" if (wanted, channels) == (1, 3) else ""
         raise ValueError(f"the images have {channels} channels but the flow was trained on {wanted}{hint}")
 
     def _check_values(self, x: Tensor, y: Tensor) -> None:
+        self._check_form(x, y)
+        if self._first or x.device.type == "cpu":  # elsewhere a look at values would make the host wait
+            self._check_labels(y)
+        if self._first and len(x):
+            self._check_range(x)
+        self._first = False
+
+    def _check_labels(self, y: Tensor) -> None:
         num_classes = self.pca.num_classes
         if self.unknown == "error" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
             raise ValueError(
                 f"labels run from {int(y.min())} to {int(y.max())} but the flow knows {num_classes} classes, 0 to "
                 f"{num_classes - 1}; pass unknown='skip' to leave the others alone, or a flow trained on these classes"
             )
-        if self._first and len(x):
-            self._check_range(x)
 
     def _check_range(self, x: Tensor) -> None:
         pixels = self._to_pixels(x)
