@@ -9,6 +9,7 @@ Options left out come from the recipe of the data set. Labels stay hard and the 
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -150,46 +151,56 @@ def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
 
 
+def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator) -> FlowMixupTransform | None:
+    """The flow augmentation that --flow-aug asks for, or None."""
+    if not args.flow_aug:
+        return None
+    return FlowMixupTransform.from_pretrained(
+        find_flow(args, dataset, accelerator),
+        accelerator.device,
+        p=args.flow_aug_p,
+        alpha=args.flow_aug_alpha,
+        partner=args.flow_aug_partner,
+        rank=args.flow_aug_rank,
+        class_names=dataset.class_names,
+        seed=args.seed,
+        process_index=accelerator.process_index,
+    )
+
+
+def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, int], accelerator: Accelerator):
+    """Loaders of uint8 images; those smaller than the model's input are enlarged on the device, after the flow."""
+    train_set, val_set = sets
+    size = min(input_size[-1], max(train_set.image_size))
+    place = (accelerator.process_index, accelerator.num_processes)
+    batch = min(args.batch_size, len(train_set) // accelerator.num_processes)
+    options = (args.seed, args.workers, *place)
+    transform = train_transform(size, input_size[0], args)
+    train = create_loader(train_set, transform, batch, True, *options, drop_last=True)
+    return train, create_loader(val_set, eval_transform(size), batch, False, *options)
+
+
+def create_schedule(args: argparse.Namespace, optimizer, steps: int):
+    """Cosine schedule with warm-up; what timm calls an epoch is one step here."""
+    warmup = {"warmup_epochs": int(args.warmup_share * steps), "warmup_lr": args.lr / 100}
+    return create_scheduler_v2(optimizer, sched="cosine", num_epochs=steps, step_on_epochs=True, **warmup)[0]
+
+
 def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     """Train, evaluate, write the folder; returns the summary."""
     train_set = load_dataset(args.dataset, args.data_dir, "train", args.images_per_class, args.subset_seed)
     val_set = load_dataset(args.dataset, args.data_dir, "val")
-    num_classes, channels = len(train_set.class_names), train_set.channels
-    device, place = accelerator.device, (accelerator.process_index, accelerator.num_processes)
-    flow_mixup = None
-    if args.flow_aug:
-        flow_mixup = FlowMixupTransform.from_pretrained(
-            find_flow(args, train_set, accelerator),
-            device,
-            p=args.flow_aug_p,
-            alpha=args.flow_aug_alpha,
-            partner=args.flow_aug_partner,
-            rank=args.flow_aug_rank,
-            class_names=train_set.class_names,
-            seed=args.seed,
-            process_index=accelerator.process_index,
-        )
-    set_seed(args.seed, device_specific=False)
-    model, (input_size, mean, std) = create_classifier(args, num_classes, channels)
+    num_classes, device = len(train_set.class_names), accelerator.device
+    flow_mixup = load_flow_mixup(args, train_set, accelerator)
+    set_seed(args.seed)
+    model, (input_size, mean, std) = create_classifier(args, num_classes, train_set.channels)
     erasing = RandomErasing(args.reprob, mode="pixel", device=str(device)) if args.reprob else None
     pipeline = BatchPipeline(input_size, mean, std, flow_mixup, create_mixup(args, num_classes), erasing).to(device)
-    size = min(input_size[-1], max(train_set.image_size))  # smaller images are enlarged on the device, after the flow
-    batch = min(args.batch_size, len(train_set) // accelerator.num_processes)
-    train_loader = create_loader(
-        train_set, train_transform(size, channels, args), batch, True, args.seed, args.workers, *place, drop_last=True
-    )
-    val_loader = create_loader(val_set, eval_transform(size), batch, False, args.seed, args.workers, *place)
+    train_loader, val_loader = create_loaders(args, (train_set, val_set), input_size, accelerator)
     epochs = args.epochs or math.ceil(args.steps / len(train_loader))
     steps = args.steps or epochs * len(train_loader)
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=steps,
-        warmup_epochs=int(args.warmup_share * steps),
-        warmup_lr=args.lr / 100,
-        step_on_epochs=True,
-    )  # one "epoch" of the scheduler is one step here
+    scheduler = create_schedule(args, optimizer, steps)
     hard_loss = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     criterion = SoftTargetCrossEntropy() if pipeline.mixup else hard_loss
     model, optimizer = accelerator.prepare(model.to(device), optimizer)
@@ -199,7 +210,7 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     began, step, running = time.time(), 0, torch.zeros((), device=device)
     model.train()
     for epoch in range(epochs):
-        for x, y in train_loader:
+        for x, y in itertools.islice(train_loader, steps - step):
             scheduler.step(step)
             x, y = pipeline.train(x.to(device), y.to(device))
             loss = criterion(model(x), y)
@@ -210,8 +221,6 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
             running += loss.detach()
             step += 1
             bar.update()
-            if step == steps:
-                break
         if (epoch + 1) % max(1, epochs // 10) == 0 or step == steps:
             values = accuracy(model, val_loader, pipeline, device, accelerator.reduce)
             log.write(step, {"train_loss": running.item() / step, **values}, bar)

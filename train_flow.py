@@ -26,7 +26,7 @@ from flowaug.fitting import ImageTable, class_moments, evaluate, fit_pca, random
 from flowaug.loaders import batches
 from flowaug.recipes import fill_in, flow_recipe
 from flowaug.report import MetricsLog, write_flow_folder
-from flowaug.state import load_state, save_state
+from flowaug.state import Run
 
 INIT_BATCH = 512
 
@@ -133,35 +133,34 @@ def solve_gaussians(flow, moments: ClassMoments, args: argparse.Namespace) -> di
     return {"steps": point.steps, "residual": float(point.residual), "converged": bool(point.converged)}
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """Train a flow and write its folder; returns the folder."""
-    device = accelerator.device
-    dataset, table, val = load_tables(args, accelerator)
-    shape = tuple(table.images.shape[1:])
-    overrides = {"coupling": args.coupling} if args.coupling else {}
+def create(args: argparse.Namespace, dataset, table: ImageTable):
+    """A flow of the recipe's architecture, initialised on the data."""
     flow = create_flow(
         args.model,
-        event_shape=shape,
+        event_shape=tuple(table.images.shape[1:]),
         num_classes=len(dataset.class_names),
         grey_levels=dataset.grey_levels,
         seed=args.seed,
-        **overrides,
+        **({"coupling": args.coupling} if args.coupling else {}),
     )
     flow.class_names = dataset.class_names
     initialise(flow, table, args)
-    flow.to(device)
+    return flow
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """Train a flow and write its folder; returns the folder."""
+    device, main = accelerator.device, accelerator.is_main_process
+    dataset, table, val = load_tables(args, accelerator)
+    flow = create(args, dataset, table).to(device)
     averaged = ModelEmaV3(flow, decay=args.ema_decay, use_warmup=True)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
-    log, state_path = MetricsLog(args.output, accelerator.is_main_process), args.output / "state.safetensors"
-    start = 0
-    if args.resume == "auto" and state_path.is_file():
-        start = restore(state_path, recipe_of(args), flow, averaged, optimizer, log)
-    model = accelerator.prepare(flow)
-    generator = torch.Generator(device)
-    bar = tqdm(
-        total=args.steps, initial=start, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True
-    )
-    began, running = time.time(), torch.zeros((), device=device)
+    log, state_path = MetricsLog(args.output, main), args.output / "state.safetensors"
+    run = Run(recipe_of(args), flow, averaged, optimizer, log)
+    start = run.restore(state_path) if args.resume == "auto" else 0
+    model, generator = accelerator.prepare(flow), torch.Generator(device)
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main, dynamic_ncols=True)
+    began = time.time()
     for step, (x, y) in zip(range(start, args.steps), training_batches(table, args, start), strict=False):
         generator.manual_seed((args.seed << 40) + (step << 12) + accelerator.process_index)
         for group in optimizer.param_groups:
@@ -172,7 +171,6 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        running.lerp_(loss.detach(), min(1.0, 0.02 + 1 / (step + 1 - start)))
         averaged.update(flow, step=step)
         if step + 1 == args.solve_at:
             moments = class_moments(flow, table, device, accelerator.reduce, args.seed)
@@ -180,40 +178,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
             averaged.module.gaussians.load_state_dict(flow.gaussians.state_dict())
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             values = evaluate(averaged.module, val, device, accelerator.reduce)
-            log.write(step + 1, {"train_bits_per_dim": running.item(), **values}, bar)
-        if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
-            save_state(state_path, snapshot(step + 1, recipe_of(args), flow, averaged, optimizer, log))
+            log.write(step + 1, {"train_bits_per_dim": loss.item(), **values}, bar)
+        if (step + 1) % args.save_every == 0 and main:
+            run.save(state_path, step + 1)
         bar.update()
     bar.close()
     final = averaged.module.eval()
     pca = fit_pca(final, table, device, args.rank)
     log.note("train_seconds", round(time.time() - began, 1))
-    if accelerator.is_main_process:
+    if main:
         write_flow_folder(args.output, final, pca, dataset, table, val, recipe_of(args), log)
         state_path.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return args.output
-
-
-def snapshot(step, recipe, flow, averaged, optimizer, log) -> dict:
-    """Everything a killed run needs to go on to the same numbers."""
-    modules = {"flow": flow.state_dict(), "averaged": averaged.state_dict()}
-    return {"step": step, "recipe": recipe, **modules, "optimizer": optimizer.state_dict(), "log": log.state_dict()}
-
-
-def restore(path: Path, recipe: dict, flow, averaged, optimizer, log) -> int:
-    """Load a snapshot in place and return the step to go on from."""
-    state = load_state(path)
-    if state["recipe"] != recipe:
-        differ = sorted(k for k in recipe if recipe[k] != state["recipe"].get(k))
-        raise ValueError(
-            f"{path} is of a run with other options ({', '.join(differ)}); use --resume never or another --output"
-        )
-    flow.load_state_dict(state["flow"])
-    averaged.load_state_dict(state["averaged"])
-    optimizer.load_state_dict(state["optimizer"])
-    log.load_state_dict(state["log"])
-    return state["step"]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,8 +51,6 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
     Raises:
         ValueError: the file is truncated or not a state.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             tree = json.loads(file.metadata()["tree"])
@@ -60,3 +59,37 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
         raise ValueError(
             f"{path} is not a readable training state ({error}); delete it to start from the beginning"
         ) from error
+
+
+class Run:
+    """The parts of a training that change from step to step, saved and restored together.
+
+    Args:
+        recipe: the options that decide its numbers; a state of other options is refused.
+        *parts: objects with ``state_dict`` and ``load_state_dict``: modules, optimisers, logs.
+    """
+
+    def __init__(self, recipe: dict, *parts):
+        self.recipe, self.parts = recipe, parts
+
+    def save(self, path: Path, step: int) -> None:
+        """Write the state after ``step`` steps, atomically."""
+        save_state(path, {"step": step, "recipe": self.recipe, "parts": [part.state_dict() for part in self.parts]})
+
+    def restore(self, path: Path) -> int:
+        """Load a state in place, if there is one, and return the step to go on from.
+
+        Raises:
+            ValueError: the state is damaged, or of a run with other options.
+        """
+        if not path.is_file():
+            return 0
+        state = load_state(path)
+        differ = sorted(k for k in self.recipe if self.recipe[k] != state["recipe"].get(k))
+        if differ:
+            raise ValueError(
+                f"{path} is of a run with other options ({', '.join(differ)}); use --resume never or another --output"
+            )
+        for part, values in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(values)
+        return state["step"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 import finetune
 import train_flow
-from flowaug import FlowMixupTransform, load_flow, load_pca
+from flowaug import FlowMixupTransform, load_flow, load_pca, state
 from flowaug.checkpoint import CONFIG, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,14 +72,14 @@ def test_a_killed_run_resumes_to_the_same_weights(photos, trained, tmp_path, mon
     options += ["--output", str(tmp_path / "cut")]
     saved = []
 
-    def save_then_die(path, state):
-        original(path, state)
-        saved.append(state["step"])
-        if state["step"] == 4:
+    def save_then_die(path, values):
+        original(path, values)
+        saved.append(values["step"])
+        if values["step"] == 4:
             raise Killed
 
-    original = train_flow.save_state
-    monkeypatch.setattr(train_flow, "save_state", save_then_die)
+    original = state.save_state
+    monkeypatch.setattr(state, "save_state", save_then_die)
     with pytest.raises(Killed):
         train_flow.main(options)
     train_flow.main(options)
@@ -209,7 +209,8 @@ def test_truncated_weights_end_in_one_sentence(photos, trained, tmp_path):
 def test_another_runs_state_is_refused(photos, tmp_path, trained):
     options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", *QUICK_FLOW]
     args = train_flow.parse_args([*options, "--output", str(tmp_path)])
-    train_flow.save_state(tmp_path / "state.safetensors", {"recipe": train_flow.recipe_of(args) | {"lr": 9.0}})
+    wrong = train_flow.recipe_of(args) | {"lr": 9.0}
+    state.save_state(tmp_path / "state.safetensors", {"recipe": wrong})
     with pytest.raises(SystemExit, match=r"other options \(lr\)"):
         train_flow.main([*options, "--output", str(tmp_path)])
 
