@@ -2,7 +2,6 @@
 
 import math
 
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,7 +41,8 @@ def random_rotation(n: int) -> Tensor:
 
 def random_log_rotation(n: int) -> Tensor:
     """Skew-symmetric logarithm (n, n) of a random rotation."""
-    log = torch.from_numpy(scipy.linalg.logm(random_rotation(n).numpy()).real)
+    angles, vectors = torch.linalg.eig(random_rotation(n))  # of a rotation: unit eigenvalues, orthonormal eigenvectors
+    log = ((vectors * (1j * angles.angle())) @ vectors.mH).real
     return ((log - log.T) / 2).float()
 
 
