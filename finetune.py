@@ -33,18 +33,14 @@ from flowaug.checkpoint import CONFIG, pack, write_atomic
 from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
 from flowaug.data import create_loader, load_dataset
 from flowaug.mixup import PARTNERS
-from flowaug.recipes import classifier_recipe, fill_in
+from flowaug.recipes import add_data_options, classifier_recipe, fill_in
 from flowaug.report import MetricsLog, draw_augmented, one_per_class
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; options left out come from the recipe of the data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data (default: the embedded digits)")
-    data.add_argument("--dataset", help="digits or fashion_mnist")
-    data.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
-    data.add_argument("--images-per-class", type=int, help="use only this many training images of each class")
-    data.add_argument("--subset-seed", type=int, default=0, help="which images --images-per-class takes")
+    data = add_data_options(parser)
     data.add_argument("--workers", type=int, default=0, help="loader processes")
     model = parser.add_argument_group("classifier")
     model.add_argument("--model", help="any timm model")

@@ -24,7 +24,7 @@ from flowaug.data import load_dataset, stack_images
 from flowaug.estimators import fpi
 from flowaug.fitting import ImageTable, class_moments, evaluate, fit_pca, random_hflip, random_shift
 from flowaug.loaders import batches
-from flowaug.recipes import fill_in, flow_recipe
+from flowaug.recipes import add_data_options, fill_in, flow_recipe
 from flowaug.report import MetricsLog, write_flow_folder
 from flowaug.state import Run
 
@@ -34,11 +34,7 @@ INIT_BATCH = 512
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; options left out are None until the recipe fills them in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data (default: the embedded digits)")
-    data.add_argument("--dataset", help="digits or fashion_mnist")
-    data.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
-    data.add_argument("--images-per-class", type=int, help="use only this many training images of each class")
-    data.add_argument("--subset-seed", type=int, default=0, help="which images --images-per-class takes")
+    data = add_data_options(parser)
     data.add_argument("--image-size", type=int, help="height and width the flow works at")
     flow = parser.add_argument_group("flow")
     flow.add_argument("--model", help=f"architecture: {', '.join(list_flows())}")

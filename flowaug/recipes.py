@@ -4,6 +4,9 @@ A flow recipe holds the options of ``train_flow.py``, a classifier recipe those 
 every data set without one of its own.
 """
 
+import argparse
+from pathlib import Path
+
 FLOW_RECIPES = {
     "default": {
         "model": "mef_small",
@@ -115,3 +118,13 @@ def fill_in(options, recipe: dict) -> None:
     for name, value in recipe.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+
+
+def add_data_options(parser: argparse.ArgumentParser):
+    """Add the options that say which images to train on, which both scripts share; returns their group."""
+    group = parser.add_argument_group("data (default: the embedded digits)")
+    group.add_argument("--dataset", help="digits or fashion_mnist")
+    group.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
+    group.add_argument("--images-per-class", type=int, help="use only this many training images of each class")
+    group.add_argument("--subset-seed", type=int, default=0, help="which images --images-per-class takes")
+    return group

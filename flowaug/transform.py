@@ -1,5 +1,7 @@
 """FlowMixupTransform: batches of images in, batches of images out, whatever their size, dtype or normalisation."""
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowaug.checkpoint import load_flow, load_pca
+from flowaug.checks import check_batch, check_class_names, check_pair
 from flowaug.flow import Flow
 from flowaug.mixup import MixPlan, MixPolicy, PlanSampler, mix_latents
 from flowaug.pca import ClasswisePCA
@@ -33,7 +36,7 @@ class FlowMixupTransform:
         rank: leading axes to move along, None for all fitted.
         per_axis: one weight per axis instead of one per sample.
         rescaled: keep the radius that linear mixing shrinks.
-        policy: per class name, any of ``p``, ``alpha``, ``rank``.
+        policy: per class name, any of ``p``, ``alpha``, ``rank``: a mapping or the path of a JSON file.
         mean: mean of the classifier's normalisation per channel; None when images are in [0, 1].
         std: standard deviation of the classifier's normalisation.
         luminance: let a grey flow move the luminance of RGB images.
@@ -41,6 +44,7 @@ class FlowMixupTransform:
         class_names: the data set's class names in label order; an error if the flow's differ.
         max_outside: refuse a decode with a larger share of pixels outside [−0.5, 1.5].
         batch_size: samples that go through the flow at a time.
+        autocast: let the caller's autocast reach the flow; its latents then lose precision.
         seed: seed of the random choices.
         process_index: rank of this process, so that ranks draw differently.
 
@@ -63,7 +67,7 @@ class FlowMixupTransform:
         rank: int | None = None,
         per_axis: bool = False,
         rescaled: bool = False,
-        policy: Mapping[str, Mapping[str, float]] | None = None,
+        policy: Mapping[str, Mapping[str, float]] | str | Path | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         luminance: bool = False,
@@ -71,21 +75,22 @@ class FlowMixupTransform:
         class_names: Sequence[str] | None = None,
         max_outside: float = 0.01,
         batch_size: int = 256,
+        autocast: bool = False,
         seed: int = 0,
         process_index: int = 0,
     ):
         if unknown not in ("error", "skip"):
             raise ValueError(f"unknown is {unknown!r}; expected 'error' or 'skip'")
         check_class_names(flow.class_names, class_names)
-        _check_pair(flow, pca)
+        check_pair(flow, pca)
         names = flow.class_names or (tuple(class_names) if class_names else None)
-        table = MixPolicy(p, alpha, rank, policy, names, pca.num_classes, pca.rank)
+        table = MixPolicy(p, alpha, rank, _read_policy(policy), names, pca.num_classes, pca.rank)
         self.flow = flow.eval().requires_grad_(False)
         self.pca = pca
         self.sampler = PlanSampler(pca, table, partner, per_axis, rescaled, seed, process_index)
         self.mean, self.std = _channel_constants(mean, std)
         self.luminance, self.unknown = luminance, unknown
-        self.max_outside, self.batch_size = max_outside, batch_size
+        self.max_outside, self.batch_size, self.autocast = max_outside, batch_size, autocast
         self._counts = torch.zeros(4, dtype=torch.int64)
         self._first = True
         self.to(flow.gaussians.mean.device)
@@ -128,7 +133,7 @@ class FlowMixupTransform:
         self._check_form(x, y)
         out = x.clone()
         known = y[plan.index].clamp(0, self.pca.num_classes - 1)
-        with torch.autocast(x.device.type, enabled=False):
+        with contextlib.nullcontext() if self.autocast else torch.autocast(x.device.type, enabled=False):
             if len(plan.index):
                 out[plan.index] = self._augment(x[plan.index], known, plan)
             self._counts[0] += len(y)
@@ -150,9 +155,9 @@ class FlowMixupTransform:
         return torch.where((moving & fine)[:, None, None, None], self._from_pixels(pixels + residual, x), x)
 
     def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
-        z = torch.cat([self.flow.encode(part)[0] for part in small.split(self.batch_size)])
+        z = torch.cat([self.flow.encode(part)[0] for part in small.split(self.batch_size)]).float()
         z = mix_latents(z, y, self.pca, plan)
-        return torch.cat([self.flow.decode(part) for part in z.split(self.batch_size)])
+        return torch.cat([self.flow.decode(part) for part in z.split(self.batch_size)]).float()
 
     def _to_pixels(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
@@ -206,7 +211,7 @@ class FlowMixupTransform:
         return f"FlowMixupTransform({name} {self.flow.event_shape}, {sizes}, {counts})"
 
     def _check_form(self, x: Tensor, y: Tensor) -> None:
-        _check_batch(x, y, self.pca.axes.device)
+        check_batch(x, y, self.pca.axes.device)
         channels, wanted = x.shape[1], self.flow.event_shape[0]
         if channels == wanted or (wanted == 1 and channels == 3 and self.luminance):
             return
@@ -239,49 +244,15 @@ class FlowMixupTransform:
             )
 
 
-def check_class_names(flow_names: Sequence[str] | None, data_names: Sequence[str] | None) -> None:
-    """Raise a ValueError with the first mismatch when a flow was trained on other classes or in another order."""
-    if flow_names is None or data_names is None or tuple(flow_names) == tuple(data_names):
-        return
-    if len(flow_names) != len(data_names):
+def _read_policy(policy: Mapping | str | Path | None) -> Mapping | None:
+    if not isinstance(policy, str | Path):
+        return policy
+    try:
+        return json.loads(Path(policy).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(
-            f"the flow knows {len(flow_names)} classes but the data set has {len(data_names)}: train one on this data"
-        )
-    label = next(i for i, (a, b) in enumerate(zip(flow_names, data_names, strict=True)) if a != b)
-    raise ValueError(
-        f"class {label} is {data_names[label]!r} in the data set but {flow_names[label]!r} in the flow; "
-        "use the class order the flow was trained with, or train a flow on this data"
-    )
-
-
-def _check_pair(flow: Flow, pca: ClasswisePCA) -> None:
-    ours, theirs = tuple(flow.gaussians.mean.shape), (pca.num_classes, pca.dim)
-    if ours != theirs:
-        raise ValueError(
-            f"the flow has (classes, dimensions) {ours} but the class axes {theirs}; load both from one folder"
-        )
-
-
-def _check_batch(x: Tensor, y: Tensor, device: torch.device) -> None:
-    if x.ndim != 4:
-        raise ValueError(
-            f"expected images (B, C, H, W), got shape {tuple(x.shape)}; add the batch dimension with x[None]"
-        )
-    if not (x.is_floating_point() or x.dtype == torch.uint8):
-        raise TypeError(f"expected floating-point or uint8 images, got {x.dtype}")
-    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(
-            f"expected integer labels (B,), got {y.dtype} of shape {tuple(y.shape)}; flow mixup keeps labels hard, so "
-            "apply it before Mixup, CutMix or label smoothing"
-        )
-    if len(x) != len(y):
-        raise ValueError(
-            f"y has {len(y)} labels but x has {len(x)} images; FlowMixupTransform needs one label per image"
-        )
-    if x.device != device or y.device != device:
-        raise ValueError(
-            f"images on {x.device}, labels on {y.device}, flow on {device}; call transform.to(x.device) once"
-        )
+            f"the policy {policy} is not valid JSON ({error}); expected {{name: {{p: 0.5}}}}"
+        ) from error
 
 
 def _channel_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowaug import ClasswisePCA, MixPlan, mix_latents
 from flowaug.mixup import MixPolicy, PlanSampler
@@ -109,6 +110,30 @@ def test_seed_and_rank_decide(latents):
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], weights[3])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_mixing_never_builds_a_copy_of_the_axes_per_sample():
+    generator = torch.Generator().manual_seed(0)
+    classes, rank, dim, size = 8, 32, 96, 64  # few classes: the table itself is small
+    pca = ClasswisePCA.fit(torch.randn(classes, 50, dim, generator=generator), rank)
+    z, y = torch.randn(size, dim, generator=generator), torch.randint(0, classes, (size,), generator=generator)
+    plan = MixPlan(torch.arange(size), torch.rand(size, rank, generator=generator), pca.offsets[y])
+    with LargestTensor() as largest:
+        mix_latents(z, y, pca, plan)
+    assert size * dim <= largest.numel <= 8 * size * dim < size * dim * rank
 
 
 BAD_POLICIES = [

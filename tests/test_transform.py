@@ -180,6 +180,28 @@ def test_repr_shows_the_counts(transform):
     assert "augmented=6" in repr(transform)
 
 
+def test_policy_from_a_json_file(flow, pca, tmp_path):
+    import json
+
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps({"bee": {"p": 0.0}}))
+    x, y = batch()
+    out, _ = FlowMixupTransform(flow, pca, p=1.0, policy=path)(x, y)
+    assert ((out != x).flatten(1).any(1) == (y != 1)).all()
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"policy\.json is not valid JSON"):
+        FlowMixupTransform(flow, pca, policy=str(path))
+
+
+def test_autocast_reaches_the_flow_when_asked(flow, pca):
+    x, y = batch()
+    plain, cast = (FlowMixupTransform(flow, pca, p=1.0, autocast=a) for a in (False, True))
+    plan = plain.plan(y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact, rounded = plain.apply(x, y, plan), cast.apply(x, y, plan)
+    assert 0 < (exact - rounded).abs().max() < 0.2
+
+
 X, Y = batch()
 BAD_CALLS = [
     (X[0], Y, ValueError, "expected images"),
