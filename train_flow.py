@@ -193,8 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: one sentence and exit code 1 on failure."""
     try:
         args = parse_args(argv)
-        folder = train(args, Accelerator(cpu=args.cpu))
-        print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
+        accelerator = Accelerator(cpu=args.cpu)
+        folder = train(args, accelerator)
+        accelerator.print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
     except (ValueError, OSError) as error:
         sys.exit(f"train_flow.py: {error}")
 

@@ -1,5 +1,6 @@
 """The contract of every registered architecture, at its own depth: exact, independent examples, no waiting."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,9 +166,10 @@ def test_vector_samples_are_not_clamped():
 @pytest.mark.parametrize("name", list_flows())
 def test_seed_decides_the_start_and_the_global_rng_is_left_alone(name):
     shape, width = NARROW[name.split("_")[0]]
-    before = torch.get_rng_state()
+    before, numpy_before = torch.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
     first, again, other = (create_flow(name, event_shape=shape, num_classes=2, seed=s, **width) for s in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
+    assert str(np.random.get_state()) == numpy_before  # noqa: NPY002
     states = [f.state_dict() for f in (first, again, other)]
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(states[0].values(), states[2].values(), strict=True))
