@@ -19,6 +19,7 @@ from flowaug import ClasswisePCA, FlowMixupTransform, create_flow, mix_latents
 
 MODELS = ("swin_tiny_patch4_window7_224", "eva02_base_patch14_448")
 CLASSES, RANK, MICRO = 1000, 32, 8
+PATIENCE = 60  # seconds after which no further pair is begun
 
 
 def seconds(function) -> float:
@@ -52,8 +53,8 @@ def training_step(model, x, y) -> None:
             p.grad = None
 
 
-def share_of_step(name: str, batch: int, transform: FlowMixupTransform, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of transform and step, and the median over pairs of transform / (transform + step)."""
+def share_of_step(name: str, batch: int, transform: FlowMixupTransform, repeats: int) -> tuple[float, ...]:
+    """Median seconds of transform and step, median share of the transform in both, and the number of pairs."""
     model = timm.create_model(name, num_classes=CLASSES).train()
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(batch, *model.default_cfg["input_size"], generator=generator)
@@ -61,9 +62,12 @@ def share_of_step(name: str, batch: int, transform: FlowMixupTransform, repeats:
     transform(x, y)
     training_step(model, x[:MICRO], y[:MICRO])
     work = (lambda: transform(x, y), lambda: training_step(model, x, y))
-    pairs = torch.tensor([[seconds(part) for part in work] for _ in range(repeats)])
+    pairs, began = [], time.perf_counter()
+    while not pairs or (len(pairs) < repeats and time.perf_counter() - began < PATIENCE):
+        pairs.append([seconds(part) for part in work])
+    pairs = torch.tensor(pairs)
     shares = pairs[:, 0] / pairs.sum(1)
-    return *pairs.median(0).values.tolist(), shares.median().item()
+    return *pairs.median(0).values.tolist(), shares.median().item(), len(pairs)
 
 
 def share_of_mixing(transform: FlowMixupTransform, repeats: int) -> tuple[float, float]:
@@ -83,10 +87,10 @@ def report(rows: list[str], repeats: int, mixing: float, share: float) -> str:
 
 `python benchmarks/overhead.py`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads,
 torch {torch.__version__}, float32. Flow `mef_small` at 32×32×3, K = {CLASSES}, R = {RANK}, p = 0.5; medians of
-{repeats} pairs; steps run in micro-batches of {MICRO}.
+up to {repeats} pairs; steps run in micro-batches of {MICRO}.
 
-| classifier | batch | transform, s | training step, s | share of both |
-|---|---|---|---|---|
+| classifier | batch | transform, s | training step, s | share of both | pairs |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 Mixing alone (without encode and decode) of 64 latents: {1000 * mixing:.1f} ms, {100 * share:.1f} % of the transform.
@@ -97,14 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=(8, 64))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     args = parser.parse_args()
     transform, rows = make_transform(), []
     for name in args.models:
         for batch in args.batches:
-            transform_s, step_s, share = share_of_step(name, batch, transform, args.repeats)
-            rows.append(f"| {name} | {batch} | {transform_s:.3f} | {step_s:.2f} | {100 * share:.2f} % |")
+            transform_s, step_s, share, count = share_of_step(name, batch, transform, args.repeats)
+            rows.append(f"| {name} | {batch} | {transform_s:.3f} | {step_s:.2f} | {100 * share:.2f} % | {count} |")
             print(rows[-1], flush=True)
     args.output.write_text(report(rows, args.repeats, *share_of_mixing(transform, args.repeats)))
     print(args.output.read_text())
