@@ -187,9 +187,9 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     train_set = load_dataset(args.dataset, args.data_dir, "train", args.images_per_class, args.subset_seed)
     val_set = load_dataset(args.dataset, args.data_dir, "val")
     num_classes, device = len(train_set.class_names), accelerator.device
-    flow_mixup = load_flow_mixup(args, train_set, accelerator)
     set_seed(args.seed)
     model, (input_size, mean, std) = create_classifier(args, num_classes, train_set.channels)
+    flow_mixup = load_flow_mixup(args, train_set, accelerator)
     erasing = RandomErasing(args.reprob, mode="pixel", device=str(device)) if args.reprob else None
     pipeline = BatchPipeline(input_size, mean, std, flow_mixup, create_mixup(args, num_classes), erasing).to(device)
     train_loader, val_loader = create_loaders(args, (train_set, val_set), input_size, accelerator)
