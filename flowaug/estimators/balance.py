@@ -113,8 +113,8 @@ class Balance:
         if self.isotropic and "variance" in self.learn:
             wide = (side.div_(x.shape[2]).expand_as(x[0]) for side in sides)
             sums["variance"] += self._balance_variance(value.variance, *wide, x[-1], gradient[-1], step[-1])
-        residual = max(_residual(*part.sqrt().tolist(), size=x[0].numel()) for part in sums.values())
-        return Point(height, gradient, step, residual)
+        residuals = [_residual(*part.sqrt(), size=x[0].numel()) for part in sums.values()]
+        return Point(height, gradient, step, float(torch.stack(residuals).max()))  # NaN stays NaN
 
     def _fill(self, block: tuple[Tensor, ...], weights: Tensor, sums: dict[str, Tensor], sides: Tensor) -> None:
         mean, variance, m, s, x, gradient, step = block
@@ -194,5 +194,5 @@ def _balance_mean(pull: Tensor, variance: Tensor, push: Tensor, gradient: Tensor
     return torch.stack([part.sum() for part in parts])
 
 
-def _residual(attraction: float, repulsion: float, total: float, size: int) -> float:
-    return total / (max(attraction, repulsion) + _NOTHING * math.sqrt(size))
+def _residual(attraction: Tensor, repulsion: Tensor, total: Tensor, size: int) -> Tensor:
+    return total / (torch.maximum(attraction, repulsion) + _NOTHING * math.sqrt(size))

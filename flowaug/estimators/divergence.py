@@ -60,6 +60,8 @@ def pair_scale(kld: Tensor, pi: str) -> Tensor:
 
     The floor keeps the 0/0 of two classes that coincide finite.
     """
+    if pi not in ("pair", "mean"):
+        raise ValueError(f"pi must be 'pair' (Eq. 9) or 'mean' (Eq. 10), got {pi!r}")
     constant, floor = kld.detach(), torch.finfo(kld.dtype).tiny ** 0.5
     if pi == "mean":
         constant = constant.sum() / max(1, len(kld) * (len(kld) - 1))

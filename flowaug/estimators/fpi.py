@@ -157,7 +157,7 @@ def make_balance(
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Balance, Tensor]:
     """Checks the arguments of an estimator (see `fpi`), sets up its equations and its initial state."""
-    _check_objective(kld_weight, alpha, pi)
+    _check_objective(kld_weight, alpha)
     bounds = _checked_bounds(variance_bounds)
     learned = "variance" in learn
     data = data_initialisation(moments) if learned else _finite_statistics(moments)
@@ -228,13 +228,11 @@ def _checked_bounds(bounds: tuple[float, float] | None) -> tuple[float, float]:
     return low, high
 
 
-def _check_objective(kld_weight: float, alpha: float, pi: str) -> None:
+def _check_objective(kld_weight: float, alpha: float) -> None:
     if not 0 <= kld_weight < math.inf:
         raise ValueError(f"kld_weight (λ') must be finite and >= 0, got {kld_weight}; 0 is the plain likelihood")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be finite and > 0, got {alpha}; the paper uses 0.1 to 10")
-    if pi not in ("pair", "mean"):
-        raise ValueError(f"pi must be 'pair' (Eq. 9) or 'mean' (Eq. 10), got {pi!r}")
 
 
 def _check_iteration(damp: float, memory: int, tol: float, max_steps: int) -> None:

@@ -40,8 +40,8 @@ def accelerate(
 
     The step of Eq. (5) and (6) is the gradient times a positive diagonal: Σ for the means, about Σ / B⁺ for the
     log-variances. That diagonal is the initial inverse Hessian, `memory` pairs of differences refine it, and
-    every step must decrease `Balance.merit`: unlike the plain iteration it cannot cycle, and unlike Anderson
-    acceleration it is not drawn to saddles.
+    every step must decrease `Balance.merit`: unlike the plain iteration and its Anderson acceleration it does not
+    cycle, and it is not drawn to saddles.
 
     Returns:
         The last accepted point and the number of states tried after the first.
