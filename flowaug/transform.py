@@ -250,9 +250,7 @@ def _read_policy(policy: Mapping | str | Path | None) -> Mapping | None:
     try:
         return json.loads(Path(policy).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"the policy {policy} is not valid JSON ({error}); expected {{name: {{p: 0.5}}}}"
-        ) from error
+        raise ValueError(f"the policy {policy} is not valid JSON ({error}); expected {{name: {{p: 0.5}}}}") from error
 
 
 def _channel_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,9 @@
 """Small flows that several tests share."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors gain nothing from threads
+
 import pytest
 import torch
 
