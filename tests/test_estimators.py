@@ -19,15 +19,6 @@ from tests import oracles
 LEARN = [("mean",), ("variance",), ("mean", "variance")]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Thousands of tiny products: a second thread only waits, and on a busy machine it waits long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _moments(k, d, seed=0, spread=0.5, n=50):
     """Random class statistics: means of the given spread, variances in [0.3, 1.2]."""
     generator = torch.Generator().manual_seed(seed)

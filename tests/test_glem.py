@@ -14,7 +14,7 @@ from flowaug.estimators import (
 )
 from flowaug.gaussians import GaussianParameters
 from tests import oracles
-from tests.test_estimators import _gradients, _likelihood, _moments, _one_thread  # noqa: F401
+from tests.test_estimators import _gradients, _likelihood, _moments
 
 # gradient descent
 

@@ -104,7 +104,7 @@ class Balance:
     def forces(self, height: Height) -> Point:
         """Gradient, step and residual, by at most four matrix products; a block of dimensions at a time."""
         x, weights = height.x, kernel(height.kld, self.kld_weight, self.alpha, self.pi).to(self.dtype)
-        gradient, step = torch.empty_like(x, dtype=self.dtype), torch.empty_like(x, dtype=self.dtype)
+        gradient, step = x.new_empty(2, *x.shape, dtype=self.dtype)
         value = self.value(x)
         sums = {part: x.new_zeros(3) for part in self.learn}  # squared attraction, repulsion, gradient
         sides = x.new_zeros(3, len(x[0]), 1)

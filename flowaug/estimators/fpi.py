@@ -82,7 +82,7 @@ def fpi(
     variance_bounds: tuple[float, float] | None = VARIANCE_BOUNDS,
     isotropic: bool = False,
     damp: float = 0.5,
-    memory: int = 5,
+    memory: int = 4,
     tol: float = 1e-4,
     max_steps: int = 500,
 ) -> FixedPoint:
@@ -126,7 +126,7 @@ def fpi(
     """
     learn = checked_parts(learn)
     _check_iteration(damp, memory, tol, max_steps)
-    balance, start = make_balance(
+    balance, *start = make_balance(
         moments,
         kld_weight=kld_weight,
         alpha=alpha,
@@ -137,10 +137,11 @@ def fpi(
         isotropic=isotropic,
         dtype=torch.float32 if memory and tol >= 1e-5 else torch.float64,
     )
-    if memory:
-        point, steps = accelerate(balance, start, damp=damp, memory=memory, tol=tol, max_steps=max_steps)
+    options = {"damp": damp, "tol": tol, "max_steps": max_steps}
+    if memory:  # the solver gets the only reference to the initial state: its memory is needed
+        point, steps = accelerate(balance, start.pop(), memory=memory, **options)
     else:
-        point, steps = iterate(balance, start, damp=damp, tol=tol, max_steps=max_steps)
+        point, steps = iterate(balance, start.pop(), **options)
     return FixedPoint(balance.value(point.height.x), steps, point.residual, point.residual <= tol)
 
 

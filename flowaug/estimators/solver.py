@@ -47,6 +47,7 @@ def accelerate(
         The last accepted point and the number of states tried after the first.
     """
     point, steps, pairs = balance.evaluate(start), 0, _Memory(memory, start)
+    del start
     while point.residual > tol and steps < max_steps:
         direction = _direction(balance, point, pairs, damp)
         height, used = _search(balance, point, direction, min(_TRIALS, max_steps - steps))
