@@ -66,6 +66,8 @@ def save_flow(flow: Flow, folder: str | Path, pca: ClasswisePCA | None = None, *
     Returns:
         The folder.
     """
+    if flow.frozen:
+        raise ValueError("this flow is frozen, its parameters are folded; save the flow it was frozen from")
     if "architecture" not in flow.config:
         raise ValueError("this flow has no config to build it again; make it with flowaug.create_flow")
     folder = Path(folder)

@@ -28,7 +28,7 @@ class FlowMixupTransform:
     cannot be augmented (no partner, NaN, a decode out of range) comes back as it came, and is counted.
 
     Args:
-        flow: a trained flow.
+        flow: a trained flow; the transform keeps its inference form, a copy (``Flow.freeze``).
         pca: its class axes.
         p: probability that a sample is augmented.
         alpha: the partner's share is drawn from Beta(alpha, alpha).
@@ -85,7 +85,7 @@ class FlowMixupTransform:
         check_pair(flow, pca)
         names = flow.class_names or (tuple(class_names) if class_names else None)
         table = MixPolicy(p, alpha, rank, _read_policy(policy), names, pca.num_classes, pca.rank)
-        self.flow = flow.eval().requires_grad_(False)
+        self.flow = flow.freeze()
         self.pca = pca
         self.sampler = PlanSampler(pca, table, partner, per_axis, rescaled, seed, process_index)
         self.mean, self.std = _channel_constants(mean, std)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Bijection(nn.Module):
@@ -24,6 +25,57 @@ class Bijection(nn.Module):
     def initialise(self, x: Tensor) -> Tensor:
         """Set data-dependent parameters from a batch ``x``; returns ``forward(x)[0]``. No-op where there are none."""
         return self(x)[0]
+
+
+class Conditioned(Bijection):
+    """A bijection with a network in it, which takes nearly all of its time and memory.
+
+    Args:
+        conditioner: the network; computes in the dtype of its input.
+
+    Attributes:
+        conditioner_dtype: dtype to run the network in, None for that of the events.
+        recompute: keep only the events for the backward pass and run the network again there.
+    """
+
+    def __init__(self, conditioner: nn.Module):
+        super().__init__()
+        self.conditioner = conditioner
+        self.conditioner_dtype: torch.dtype | None = None
+        self.recompute = False
+
+    def condition(self, x: Tensor) -> Tensor:
+        """Raw parameters from the conditioning part ``x``, in the dtype of ``x``."""
+        if self.conditioner_dtype is None:
+            return self.conditioner(x)
+        return self.conditioner(x.to(self.conditioner_dtype)).to(x.dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x`` (B, *x) to the same shape, piece by piece."""
+        pieces = [self._recomputed(piece) for piece in self.pieces(x)]
+        return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo: the conditioning part came through unchanged."""
+        pieces = [self.inverse_piece(piece) for piece in self.pieces(z)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The batch in parts that go through one after the other: one part, unless a class knows better."""
+        return (x,)
+
+    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` of one part."""
+        raise NotImplementedError
+
+    def inverse_piece(self, z: Tensor) -> Tensor:
+        """``inverse`` of one part."""
+        raise NotImplementedError
+
+    def _recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.forward_piece, x, use_reentrant=False, preserve_rng_state=False)
+        return self.forward_piece(x)
 
 
 class Chain(Bijection):

@@ -5,16 +5,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from flowaug.bijections.base import Bijection
+from flowaug.bijections.base import Conditioned
 
 MAX_LOG = 2.0  # bound on every log-scale, and on the norm of every matrix that is exponentiated
+CACHE = 2**19  # activations that one layer of a conditioner may have at a time on a CPU: 2 MiB in float32
 RANK = 3  # rank of the matrix form where c × c matrices would be too large
 MAX_FULL_CHANNELS = 24  # beyond it the rank-3 form is used, as in MEF
 
 
-def taylor_terms(dtype: torch.dtype) -> int:
-    """Terms of the exponential series that reach rounding error for matrices of norm up to ``MAX_LOG``."""
-    return 26 if dtype == torch.float64 else 16
+def taylor_terms(norm: float, dtype: torch.dtype) -> int:
+    """Terms of the exponential series that reach rounding error for matrices of norm up to ``norm``."""
+    remainder, terms = norm, 0
+    while remainder > torch.finfo(dtype).eps / 100:
+        terms += 1
+        remainder *= norm / (terms + 1)
+    return terms
 
 
 class BoundedParameters(nn.Module):
@@ -32,6 +37,11 @@ class BoundedParameters(nn.Module):
         start = torch.zeros(count) if reshift is None else reshift
         self.reshift = nn.Parameter(start[:, None, None].clone())
         self.bound = bound
+
+    def largest_norm(self) -> Tensor:
+        """The Frobenius norm that no result exceeds with the present parameters."""
+        rescale, reshift = self.rescale.abs(), self.reshift.abs()
+        return (rescale.clamp(max=0.75 * self.bound) + reshift.clamp(max=0.25 * self.bound)).norm()
 
     def forward(self, raw: Tensor) -> Tensor:
         """Map raw conditioner outputs (B, count, H, W) to bounded parameters of the same shape."""
@@ -75,15 +85,16 @@ class AffineTransform(nn.Module):
         return (y - t) * (-self.log_scale(s)).exp()
 
 
-def expm_action(s: Tensor, x: Tensor) -> Tensor:
+def expm_action(s: Tensor, x: Tensor, norm: float = MAX_LOG) -> Tensor:
     """``exp(S) x`` by the series of the action: matrix times vector only, a fixed number of terms.
 
     Args:
-        s: matrices (..., c, c) of norm at most ``MAX_LOG``.
+        s: matrices (..., c, c).
         x: vectors (..., c, 1).
+        norm: bound on the norm of ``s``.
     """
     total = term = x
-    for k in range(1, taylor_terms(x.dtype) + 1):
+    for k in range(1, taylor_terms(norm, x.dtype) + 1):
         term = (s @ term) / k
         total = total + term
     return total
@@ -108,6 +119,11 @@ class MatrixExpTransform(nn.Module):
         self.channels = channels
         self.num_raw = channels * (channels + 1)
         self.matrix = BoundedParameters(channels**2, MAX_LOG / channels)
+        self.norm = MAX_LOG
+
+    def tighten(self) -> None:
+        """Take no more terms of the series than the present parameters need; for a transform that stays as it is."""
+        self.norm = self.matrix.largest_norm().item()
 
     def _matrix_and_shift(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         s, t = raw.split([self.channels**2, self.channels], dim=1)
@@ -116,14 +132,14 @@ class MatrixExpTransform(nn.Module):
     def forward(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``y`` (B, C, H, W) and the sum of the traces."""
         s, t = self._matrix_and_shift(raw)
-        y = expm_action(s, to_pixels(x)[..., None])[..., 0]
+        y = expm_action(s, to_pixels(x)[..., None], self.norm)[..., 0]
         trace = s.diagonal(dim1=-2, dim2=-1).sum(-1)
         return from_pixels(y, x) + t, trace.view(x.shape[0], -1).sum(1)
 
     def inverse(self, y: Tensor, raw: Tensor) -> Tensor:
         """Return ``x`` by ``exp(−S)``."""
         s, t = self._matrix_and_shift(raw)
-        return from_pixels(expm_action(-s, to_pixels(y - t)[..., None])[..., 0], y)
+        return from_pixels(expm_action(-s, to_pixels(y - t)[..., None], self.norm)[..., 0], y)
 
 
 class LowRankExpTransform(nn.Module):
@@ -136,6 +152,11 @@ class LowRankExpTransform(nn.Module):
         count, bound = RANK * channels, (MAX_LOG / (RANK * channels)) ** 0.5
         self.left = BoundedParameters(count, bound, reshift=torch.empty(count).uniform_(-bound / 4, bound / 4))
         self.right = BoundedParameters(count, bound)
+        self.norm = MAX_LOG
+
+    def tighten(self) -> None:
+        """Take no more terms of the series than the present parameters need; for a transform that stays as it is."""
+        self.norm = (self.left.largest_norm() * self.right.largest_norm()).item()
 
     def _factors(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u, v, t = raw.split([RANK * self.channels, RANK * self.channels, self.channels], dim=1)
@@ -155,11 +176,10 @@ class LowRankExpTransform(nn.Module):
         u, v, t = self._factors(raw)
         return from_pixels(self._act(-u, v, v @ -u, to_pixels(y - t)), y)
 
-    @staticmethod
-    def _act(u: Tensor, v: Tensor, vu: Tensor, x: Tensor) -> Tensor:
+    def _act(self, u: Tensor, v: Tensor, vu: Tensor, x: Tensor) -> Tensor:
         x = x[..., None]
         total = term = v @ x
-        for k in range(2, taylor_terms(x.dtype) + 1):
+        for k in range(2, taylor_terms(self.norm, x.dtype) + 1):
             term = (vu @ term) / k
             total = total + term
         return (x + u @ total)[..., 0]
@@ -177,8 +197,11 @@ def make_transform(kind: str, channels: int) -> nn.Module:
     return TRANSFORMS[kind](channels)
 
 
-class Coupling(Bijection):
+class Coupling(Conditioned):
     """``[x1, x2] → [x1, T(x2; conditioner(x1))]``, halves of the channels.
+
+    On a CPU a large batch goes through in pieces whose activations stay in the cache; examples do not meet, so that
+    changes no value beyond rounding.
 
     Args:
         channels: number of channels, at least 2; of an odd number the larger half conditions.
@@ -187,27 +210,34 @@ class Coupling(Bijection):
     """
 
     def __init__(self, channels: int, kind: str, make_conditioner: Callable[[int, int], nn.Module]):
-        super().__init__()
-        self.transform = make_transform(kind, channels // 2)
-        self.conditioner = make_conditioner(channels - channels // 2, self.transform.num_raw)
+        transform = make_transform(kind, channels // 2)
+        super().__init__(make_conditioner(channels - channels // 2, transform.num_raw))
+        self.transform = transform
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to the same shape."""
-        x1, x2 = self._halves(x)
-        y2, ladj = self.transform(x2, self.conditioner(x1))
+        x1, x2 = _halves(x)
+        y2, ladj = self.transform(x2, self.condition(x1))
         return torch.cat([x1, y2], dim=1), ladj
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse_piece(self, z: Tensor) -> Tensor:
         """Undo: the conditioning half came through unchanged."""
-        x1, y2 = self._halves(z)
-        return torch.cat([x1, self.transform.inverse(y2, self.conditioner(x1))], dim=1)
+        x1, y2 = _halves(z)
+        return torch.cat([x1, self.transform.inverse(y2, self.condition(x1))], dim=1)
+
+    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """As many images at a time as fit in the cache of a CPU."""
+        if x.device.type != "cpu":
+            return (x,)
+        fit = CACHE // (self.conditioner.hidden * x.shape[2] * x.shape[3])
+        return x.split(1 << max(0, fit.bit_length() - 1))
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Tensor:
         """Initialise the conditioner on ``x1``."""
-        x1, x2 = self._halves(x)
+        x1, x2 = _halves(x)
         return torch.cat([x1, self.transform(x2, self.conditioner.initialise(x1))[0]], dim=1)
 
-    @staticmethod
-    def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.split([x.shape[1] - x.shape[1] // 2, x.shape[1] // 2], dim=1)
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.split([x.shape[1] - x.shape[1] // 2, x.shape[1] // 2], dim=1)

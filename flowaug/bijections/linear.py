@@ -51,8 +51,33 @@ def apply_matrix(matrix: Tensor, x: Tensor) -> Tensor:
     return F.conv2d(x, matrix.to(x.dtype)[:, :, None, None])
 
 
-class InvertibleConv1x1(Bijection):
-    """``z = W x`` per pixel with ``W = exp(M)``; ``ladj = H·W·tr M`` (Xiao & Liu 2020, Section 3.2).
+class Conv1x1(Bijection):
+    """``z = W x`` per pixel; ``ladj = H·W·log|det W|``."""
+
+    def matrix(self) -> Tensor:
+        """``W`` (C, C) in float64."""
+        raise NotImplementedError
+
+    def inverse_matrix(self) -> Tensor:
+        """``W⁻¹`` (C, C) in float64."""
+        raise NotImplementedError
+
+    def log_det(self) -> Tensor:
+        """``log|det W|``, a scalar in the dtype of the parameters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, H, W) to the same shape."""
+        ladj = self.log_det() * math.prod(x.shape[2:])
+        return apply_matrix(self.matrix(), x), ladj.expand(x.shape[0])
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo, by the inverse matrix."""
+        return apply_matrix(self.inverse_matrix(), z)
+
+
+class InvertibleConv1x1(Conv1x1):
+    """``W = exp(M)``, ``log|det W| = tr M`` (Xiao & Liu 2020, Section 3.2).
 
     Args:
         channels: number of channels; ``M`` starts as the logarithm of a random rotation.
@@ -62,18 +87,21 @@ class InvertibleConv1x1(Bijection):
         super().__init__()
         self.log_weight = nn.Parameter(random_log_rotation(channels))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, C, H, W) to the same shape."""
-        ladj = self.log_weight.trace() * math.prod(x.shape[2:])
-        return apply_matrix(expm(self.log_weight), x), ladj.expand(x.shape[0])
+    def matrix(self) -> Tensor:
+        """``exp(M)`` (C, C) in float64."""
+        return expm(self.log_weight)
 
-    def inverse(self, z: Tensor) -> Tensor:
-        """Apply ``exp(−M)``."""
-        return apply_matrix(expm(-self.log_weight), z)
+    def inverse_matrix(self) -> Tensor:
+        """``exp(−M)`` (C, C) in float64."""
+        return expm(-self.log_weight)
+
+    def log_det(self) -> Tensor:
+        """``tr M``."""
+        return self.log_weight.trace()
 
 
-class PLUConv1x1(Bijection):
-    """``z = P L (U + diag(s)) x`` per pixel; ``ladj = H·W·Σ log|s|`` (Kingma & Dhariwal, "Glow", 2018, Section 3.2).
+class PLUConv1x1(Conv1x1):
+    """``W = P L (U + diag(s))``, ``log|det W| = Σ log|s|`` (Kingma & Dhariwal, "Glow", 2018, Section 3.2).
 
     Args:
         channels: number of channels; the product starts as a random rotation. The permutation ``P`` and the signs of
@@ -98,15 +126,18 @@ class PLUConv1x1(Bijection):
         eye = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
         return lower + eye, upper + torch.diag(self.sign.double() * self.log_diagonal.double().exp())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, C, H, W) to the same shape."""
+    def matrix(self) -> Tensor:
+        """``P L (U + diag(s))`` (C, C) in float64."""
         lower, upper = self._factors()
-        ladj = self.log_diagonal.sum() * math.prod(x.shape[2:])
-        return apply_matrix((lower @ upper).index_select(0, self.order), x), ladj.expand(x.shape[0])
+        return (lower @ upper).index_select(0, self.order)
 
-    def inverse(self, z: Tensor) -> Tensor:
-        """Apply ``U⁻¹ L⁻¹ Pᵀ``, by two triangular solves in float64 (which, unlike a general inverse, never sync)."""
+    def inverse_matrix(self) -> Tensor:
+        """``U⁻¹ L⁻¹ Pᵀ`` by two triangular solves in float64 (which, unlike a general inverse, never sync)."""
         lower, upper = self._factors()
         eye = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, eye[self.order].T, upper=False, unitriangular=True)
-        return apply_matrix(torch.linalg.solve_triangular(upper, inverse, upper=True), z)
+        return torch.linalg.solve_triangular(upper, inverse, upper=True)
+
+    def log_det(self) -> Tensor:
+        """``Σ log|s|``."""
+        return self.log_diagonal.sum()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowaug.bijections.base import Bijection
+from flowaug.bijections.base import Conditioned
 
 MIN_RAW = -4.0  # smallest raw scale: one coupling stretches at most 1/(2σ(−4)) = 27.8 times when it decodes
 PATTERNS = ("checkerboard", "columns", "rows")
@@ -30,7 +30,7 @@ def halves_first(mask: Tensor) -> Tensor:
     return torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
 
 
-class TokenCoupling(Bijection):
+class TokenCoupling(Conditioned):
     """``y2 = (x2 + b(x1)) · 2σ(s(x1))``, ``ladj = Σ (log σ(s) + log 2)`` (Kolesnikov et al., "Jet", 2024, Section 3).
 
     ``x1, x2`` are the halves of the tokens (n, k) in a fixed order, of the entries of every token (``dim=2``) or of the
@@ -49,27 +49,26 @@ class TokenCoupling(Bijection):
     def __init__(
         self, order: Tensor, dim: int, make_conditioner: Callable[[int, int], nn.Module], tokens: tuple[int, int]
     ):
-        super().__init__()
+        super().__init__(make_conditioner(tokens[1] // 2, tokens[1]))
         self.register_buffer("order", order.clone())
         self.register_buffer("restore", torch.argsort(order))
         self.dim, self.half_shape = dim, (tokens[0], tokens[1] // 2)
-        self.conditioner = make_conditioner(tokens[1] // 2, tokens[1])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens (B, n, k) to the same shape."""
         x1, x2 = x.index_select(self.dim, self.order).chunk(2, self.dim)
         shift, raw = self._shift_and_raw(x1, x2)
         ladj = F.logsigmoid(raw).flatten(1).sum(1) + math.prod(self.half_shape) * math.log(2)
         return self._merge(x1, (x2 + shift) * (2 * torch.sigmoid(raw))), ladj
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse_piece(self, z: Tensor) -> Tensor:
         """Undo: the conditioning half came through unchanged, and ``σ(s)`` is at least ``σ(MIN_RAW)``."""
         x1, y2 = z.index_select(self.dim, self.order).chunk(2, self.dim)
         shift, raw = self._shift_and_raw(x1, y2)
         return self._merge(x1, y2 / (2 * torch.sigmoid(raw)) - shift)
 
     def _shift_and_raw(self, x1: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = self.conditioner(x1.reshape(-1, *self.half_shape)).chunk(2, dim=2)
+        shift, raw = self.condition(x1.reshape(-1, *self.half_shape)).chunk(2, dim=2)
         return shift.reshape(like.shape), raw.clamp_min(MIN_RAW).reshape(like.shape)
 
     def _merge(self, x1: Tensor, x2: Tensor) -> Tensor:

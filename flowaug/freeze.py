@@ -1,0 +1,122 @@
+"""The inference form of a flow: whatever does not depend on the input is computed once.
+
+Gains are folded into convolutions, matrix exponentials and inverses are formed both ways, an ActNorm and the 1×1
+convolution after it become one affine map, and all log-determinants that are constants become one number per step.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowaug.bijections import ActNorm, Bijection, Chain
+from flowaug.bijections.base import Conditioned
+from flowaug.bijections.linear import Conv1x1, apply_matrix
+from flowaug.nn import ScaledConv2d
+
+RECOMPILE_LIMIT = 64  # levels times powers of two; each is compiled once
+
+
+class FixedMatrix(Bijection):
+    """``z = W (scale · x + offset)`` per pixel, with constants: an ActNorm and the 1×1 convolution after it.
+
+    Args:
+        norm: the ActNorm.
+        conv: the convolution, of the same channels.
+    """
+
+    def __init__(self, norm: ActNorm, conv: Conv1x1):
+        super().__init__()
+        log_scale, matrix = norm.bounded_log_scale(), conv.matrix()
+        pixels = norm.repeats * log_scale.numel() // len(matrix)
+        self.register_buffer("scale", log_scale.exp())
+        self.register_buffer("offset", -norm.shift * self.scale)
+        self.register_buffer("unscale", (-log_scale).exp())
+        self.register_buffer("shift", norm.shift.clone())
+        self.register_buffer("matrix", matrix.to(log_scale.dtype))
+        self.register_buffer("inverse_matrix", conv.inverse_matrix().to(log_scale.dtype))
+        self.register_buffer("ladj", norm.repeats * log_scale.sum() + pixels * conv.log_det())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, H, W) to the same shape."""
+        return apply_matrix(self.matrix, torch.addcmul(self.offset, x, self.scale)), self.ladj.expand(x.shape[0])
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo."""
+        return torch.addcmul(self.shift, apply_matrix(self.inverse_matrix, z), self.unscale)
+
+
+class FoldedConv2d(nn.Module):
+    """A convolution whose gain is in its weights.
+
+    Args:
+        conv: the convolution with a gain.
+    """
+
+    def __init__(self, conv: ScaledConv2d):
+        super().__init__()
+        self.register_buffer("weight", conv.scaled_weight())
+        self.register_buffer("bias", conv.bias.clone())
+        self.padding = conv.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in, H, W) to (B, out, H, W)."""
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+
+@torch.no_grad()
+def freeze(bijection: Bijection, conditioner_dtype: torch.dtype | None = None, compiled: bool = False) -> Bijection:
+    """A copy of a bijection that computes the same, faster, and cannot be trained.
+
+    Args:
+        bijection: left as it is.
+        conditioner_dtype: dtype to run the conditioners in, None for that of their parameters.
+        compiled: compile every coupling with ``torch.compile``, when it is first used.
+    """
+    bijection = copy.deepcopy(bijection).requires_grad_(False).eval()
+    for module in list(bijection.modules()):
+        if isinstance(module, Conditioned):
+            _freeze_conditioner(module, conditioner_dtype, compiled)
+        if isinstance(module, Chain):
+            module.bijections = nn.ModuleList(_fused(module.bijections))
+    return bijection
+
+
+def _freeze_conditioner(coupling: Conditioned, dtype: torch.dtype | None, compiled: bool) -> None:
+    coupling.conditioner_dtype, coupling.recompute = dtype, False
+    for module in list(coupling.conditioner.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ScaledConv2d):
+                setattr(module, name, FoldedConv2d(child))
+    coupling.conditioner.to(dtype)
+    for module in coupling.modules():
+        if hasattr(module, "tighten"):
+            module.tighten()
+    if compiled:
+        coupling.forward_piece = _compiled(coupling.forward_piece)
+        coupling.inverse_piece = _compiled(coupling.inverse_piece)
+
+
+def _compiled(function: Callable) -> Callable:
+    """``torch.compile`` for fixed shapes: the batch is filled up to a power of two, so that few shapes arise."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def call(x: Tensor):
+        rows = 1 << (len(x) - 1).bit_length()
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            out = compiled(torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])]))
+        return out[: len(x)] if isinstance(out, Tensor) else tuple(part[: len(x)] for part in out)
+
+    return call
+
+
+def _fused(bijections: Iterable[Bijection]) -> list[Bijection]:
+    """The same map with every ActNorm merged into the 1×1 convolution that follows it."""
+    out: list[Bijection] = []
+    for bijection in bijections:
+        if isinstance(bijection, Conv1x1) and out and isinstance(out[-1], ActNorm):
+            bijection = FixedMatrix(out.pop(), bijection)
+        out.append(bijection)
+    return out

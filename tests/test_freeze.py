@@ -1,0 +1,114 @@
+"""The inference form computes what the trained form computes, in float64 to rounding; training forms change nothing."""
+
+import pytest
+import torch
+
+from flowaug import list_flows, load_flow, save_flow
+from flowaug.data import load_dataset, stack_images
+from tests.test_architectures import events, narrow_flow
+
+
+@pytest.mark.parametrize("name", list_flows())
+def test_frozen_flows_compute_the_same(name):
+    flow = narrow_flow(name)
+    frozen, x = flow.freeze(), events(flow, 3)
+    with torch.no_grad():
+        z, ladj = flow.encode(x)
+        torch.testing.assert_close(frozen.encode(x), (z, ladj), rtol=0, atol=1e-10)
+        torch.testing.assert_close(frozen.decode(z), x, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mef_tiny", "jet_tiny", "glow_tiny", "vector_tiny"])
+def test_freezing_leaves_the_flow_alone(name):
+    flow = narrow_flow(name)
+    before = {k: v.clone() for k, v in flow.state_dict().items()}
+    frozen, x = flow.freeze(), events(flow, 2)
+    flow.log_prob(x).sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in flow.state_dict().items())
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert frozen.freeze() is frozen
+
+
+@pytest.mark.parametrize("coupling", ["additive", "affine", "matrix_exp"])
+@pytest.mark.parametrize("name", ["mef_tiny", "glow_tiny"])
+def test_frozen_couplings(name, coupling):
+    flow = narrow_flow(name, noise=0.2, coupling=coupling)
+    frozen, x = flow.freeze(), events(flow, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.encode(x), flow.encode(x), rtol=0, atol=1e-9)
+
+
+def test_series_is_cut_where_the_parameters_allow_it():
+    flow = narrow_flow("mef_tiny", noise=0)
+    norms = [m.norm for m in flow.freeze().modules() if hasattr(m, "norm") and isinstance(m.norm, float)]
+    assert norms
+    assert max(norms) == pytest.approx(1)  # a flow starts at half the bound of 2
+
+
+def test_a_frozen_flow_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="save the flow it was frozen from"):
+        save_flow(narrow_flow("mef_tiny").freeze(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mef_tiny", "jet_tiny", "glow_tiny", "vector_tiny"])
+def test_a_bfloat16_conditioner_leaves_events_and_log_determinants_in_float32(name):
+    flow = narrow_flow(name).float()
+    frozen, x = flow.freeze(torch.bfloat16), events(flow, 3)
+    with torch.no_grad():
+        z, ladj = frozen.encode(x)
+        exact = flow.encode(x)
+        assert z.dtype == ladj.dtype == torch.float32
+        assert 0 < (z - exact[0]).abs().max() < 0.1
+        assert (frozen.decode(z) - x).abs().max() < 0.05
+
+
+def test_bfloat16_round_trip_of_a_trained_flow():
+    """Stated bound: 0.01 of the range of a pixel, on the bundled flow; 1e-4 in float32."""
+    flow = load_flow("digits")
+    digits_images = stack_images(load_dataset("digits", split="val"), (8, 8), 1).float() / 255
+    with torch.no_grad():
+        for frozen, bound in ((flow.freeze(), 1e-4), (flow.freeze(torch.bfloat16), 1e-2)):
+            z, _ = frozen.encode(digits_images)
+            assert (frozen.decode(z) - digits_images).abs().max() < bound
+
+
+@pytest.mark.parametrize("name", ["mef_tiny", "jet_tiny", "glow_tiny", "vector_tiny"])
+def test_recomputed_gradients_are_the_same(name):
+    gradients = []
+    for recompute in (False, True):
+        flow = narrow_flow(name).float().set_training_form(recompute=recompute)
+        flow.log_prob(events(flow, 3)).sum().backward()
+        gradients.append([p.grad for p in flow.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+def test_bfloat16_training_moves_float32_weights():
+    flow = narrow_flow("mef_tiny").float().set_training_form(torch.bfloat16)
+    exact = narrow_flow("mef_tiny").float()
+    for f in (flow, exact):
+        f.log_prob(events(f, 3)).sum().backward()
+    ours, theirs = (torch.cat([p.grad.flatten() for p in f.bijection.parameters()]) for f in (flow, exact))
+    assert ours.dtype == torch.float32
+    assert 0 < (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_pieces_change_nothing(monkeypatch):
+    flow = narrow_flow("mef_tiny")
+    x = events(flow, 5)
+    whole = flow.encode(x)
+    monkeypatch.setattr("flowaug.bijections.coupling.CACHE", 1)
+    torch.testing.assert_close(flow.encode(x), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(flow.decode(whole[0]), x, rtol=0, atol=1e-10)
+
+
+def test_compiled_couplings(monkeypatch):
+    """With the eager backend: tracing, padding and shapes; benchmarks/throughput.py runs the real compiler."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", fullgraph=True, **options))
+    flow = narrow_flow("mef_tiny")
+    frozen = flow.freeze(compiled=True)
+    with torch.no_grad():
+        for count in (3, 4, 1):
+            x = events(flow, count)
+            torch.testing.assert_close(frozen.encode(x), flow.encode(x), rtol=0, atol=1e-10)
+            torch.testing.assert_close(frozen.decode(flow.encode(x)[0]), x, rtol=0, atol=1e-10)
