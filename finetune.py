@@ -32,6 +32,7 @@ from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, pack, write_atomic
 from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
 from flowaug.data import create_loader, load_dataset
+from flowaug.host import keep_freed_memory
 from flowaug.mixup import PARTNERS
 from flowaug.recipes import add_data_options, classifier_recipe, fill_in
 from flowaug.report import MetricsLog, draw_augmented, one_per_class
@@ -247,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: one sentence and exit code 1 on failure."""
     try:
         args = parse_args(argv)
+        keep_freed_memory()
         accelerator = Accelerator(cpu=args.cpu)
         summary = finetune(args, accelerator)
         accelerator.print(

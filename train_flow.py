@@ -23,6 +23,7 @@ from flowaug import ClassMoments, create_flow, list_flows
 from flowaug.data import load_dataset, stack_images
 from flowaug.estimators import fpi
 from flowaug.fitting import ImageTable, class_moments, evaluate, fit_pca, random_hflip, random_shift
+from flowaug.host import keep_freed_memory
 from flowaug.loaders import batches
 from flowaug.recipes import add_data_options, fill_in, flow_recipe
 from flowaug.report import MetricsLog, write_flow_folder
@@ -56,6 +57,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm")
     training.add_argument("--shift", type=int, help="random shift, pixels")
     training.add_argument("--hflip", type=float, help="probability of a mirror image")
+    training.add_argument(
+        "--conditioner-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16: run the networks in half the bits; events, Gaussians and weights stay in float32",
+    )
+    training.add_argument(
+        "--recompute",
+        action="store_true",
+        help="run the networks again in the backward pass: less memory, a third longer",
+    )
     training.add_argument("--eval-every", type=int, default=500, help="steps between evaluations on the val split")
     training.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
     run = parser.add_argument_group("run")
@@ -71,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the trained flow."""
-    skip = ("output", "resume", "save_every", "cpu", "eval_every")
+    skip = ("output", "resume", "save_every", "cpu", "eval_every", "recompute")
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
 
 
@@ -150,6 +162,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     dataset, table, val = load_tables(args, accelerator)
     flow = create(args, dataset, table).to(device)
     averaged = ModelEmaV3(flow, decay=args.ema_decay, use_warmup=True)
+    flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
     log, state_path = MetricsLog(args.output, main), args.output / "state.safetensors"
     run = Run(recipe_of(args), flow, averaged, optimizer, log)
@@ -193,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: one sentence and exit code 1 on failure."""
     try:
         args = parse_args(argv)
+        keep_freed_memory()
         accelerator = Accelerator(cpu=args.cpu)
         folder = train(args, accelerator)
         accelerator.print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")

@@ -21,7 +21,7 @@ from flowaug.bijections import (
     Squeeze,
     TokenCoupling,
 )
-from flowaug.bijections.coupling import LowRankExpTransform, MatrixExpTransform, expm_action
+from flowaug.bijections.coupling import LowRankExpTransform, MatrixExpTransform, expm_action, series
 from flowaug.bijections.linear import expm
 from flowaug.bijections.tokens import PATTERNS, halves_first, pattern_mask
 from flowaug.nn import ConvConditioner, PlainConditioner, TransformerConditioner
@@ -279,3 +279,17 @@ def test_backends_of_linear_agree(monkeypatch):
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_gradient_of_the_matrix_exponential():
+    matrix = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 5, 5, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((f(matrix) * weight).sum(), matrix)[0] for f in (expm, torch.matrix_exp))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gradient_of_the_series(offset):
+    s, x = torch.randn(3, 4, 4, dtype=torch.float64) / 4, torch.randn(3, 4, 1, dtype=torch.float64)
+    inputs = s.requires_grad_(), x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, x: series(s, x, 12, offset), inputs)

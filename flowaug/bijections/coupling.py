@@ -9,6 +9,7 @@ from flowaug.bijections.base import Conditioned
 
 MAX_LOG = 2.0  # bound on every log-scale, and on the norm of every matrix that is exponentiated
 CACHE = 2**19  # activations that one layer of a conditioner may have at a time on a CPU: 2 MiB in float32
+KEEP = 4  # times as many where all activations are kept for a backward pass, and the cache is lost anyway
 RANK = 3  # rank of the matrix form where c × c matrices would be too large
 MAX_FULL_CHANNELS = 24  # beyond it the rank-3 form is used, as in MEF
 
@@ -85,19 +86,58 @@ class AffineTransform(nn.Module):
         return (y - t) * (-self.log_scale(s)).exp()
 
 
+class _Series(torch.autograd.Function):
+    """``Σ_k t_k`` with ``t_0 = x`` and ``t_k = S t_{k−1} / (k + offset)``; backward costs one such sum more."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, x: Tensor, terms: int, offset: int) -> Tensor:
+        parts = [x]
+        for k in range(1, terms + 1):
+            parts.append((s @ parts[-1]).div_(k + offset))
+        parts = torch.cat(parts, -1)
+        ctx.save_for_backward(s, parts)
+        ctx.offset = offset
+        return parts.sum(-1, keepdim=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        s, parts = ctx.saved_tensors
+        adjoints, transposed = [grad], s.mT
+        for k in range(parts.shape[-1] - 1, 0, -1):
+            adjoints.append(torch.add(grad, transposed @ adjoints[-1], alpha=1 / (k + ctx.offset)))
+        scales = torch.arange(parts.shape[-1] - 1, 0, -1, device=s.device, dtype=s.dtype) + ctx.offset
+        adjoint = torch.cat(adjoints[:-1], -1) / scales
+        return adjoint @ parts[..., :-1].flip(-1).mT, adjoints[-1], None, None
+
+
+def series(s: Tensor, x: Tensor, terms: int, offset: int) -> Tensor:
+    """``Σ_k S^k x · offset! / (k + offset)!`` up to ``k = terms``: matrix times vector only.
+
+    Args:
+        s: matrices (..., c, c).
+        x: vectors (..., c, 1).
+        terms: where to stop.
+        offset: 0 for the exponential, 1 for ``(exp(S) − 1) / S``.
+    """
+    if torch.is_grad_enabled():
+        return _Series.apply(s, x, terms, offset)
+    total, term = x.clone(), x
+    for k in range(1, terms + 1):
+        term = (s @ term).div_(k + offset)
+        total += term
+    return total
+
+
 def expm_action(s: Tensor, x: Tensor, norm: float = MAX_LOG) -> Tensor:
-    """``exp(S) x`` by the series of the action: matrix times vector only, a fixed number of terms.
+    """``exp(S) x`` by a fixed number of terms of the series of the action.
 
     Args:
         s: matrices (..., c, c).
         x: vectors (..., c, 1).
         norm: bound on the norm of ``s``.
     """
-    total = term = x
-    for k in range(1, taylor_terms(norm, x.dtype) + 1):
-        term = (s @ term) / k
-        total = total + term
-    return total
+    return series(s, x, taylor_terms(norm, x.dtype), 0)
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -178,11 +218,7 @@ class LowRankExpTransform(nn.Module):
 
     def _act(self, u: Tensor, v: Tensor, vu: Tensor, x: Tensor) -> Tensor:
         x = x[..., None]
-        total = term = v @ x
-        for k in range(2, taylor_terms(self.norm, x.dtype) + 1):
-            term = (vu @ term) / k
-            total = total + term
-        return (x + u @ total)[..., 0]
+        return (x + u @ series(vu, v @ x, taylor_terms(self.norm, x.dtype), 1))[..., 0]
 
 
 TRANSFORMS = {"additive": AdditiveTransform, "affine": AffineTransform, "matrix_exp": MatrixExpTransform}
@@ -229,7 +265,8 @@ class Coupling(Conditioned):
         """As many images at a time as fit in the cache of a CPU."""
         if x.device.type != "cpu":
             return (x,)
-        fit = CACHE // (self.conditioner.hidden * x.shape[2] * x.shape[3])
+        keep = torch.is_grad_enabled() and not self.recompute
+        fit = CACHE * (KEEP if keep else 1) // (self.conditioner.hidden * x.shape[2] * x.shape[3])
         return x.split(1 << max(0, fit.bit_length() - 1))
 
     @torch.no_grad()

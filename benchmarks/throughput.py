@@ -1,0 +1,213 @@
+"""Images per second of the flow engine, beside a literal twin, normflows' Glow and the speed of the convolutions.
+
+    python -m benchmarks.throughput                       # about half an hour on two cores; writes throughput.md
+    python -m benchmarks.throughput --flows mef_small --batches 64 --no-compile
+
+Everything of one row runs in turn in one process, so that a slow moment of the machine hits all columns; cells are
+medians. The roofline is the FLOPs of the flow's convolutions over the speed of one 128→128 3×3 convolution of 64
+images of 16×16, in float32 and in bfloat16, measured in the same turns; a training step counts three times.
+"""
+
+import argparse
+import platform
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowaug import create_flow
+from flowaug.host import keep_freed_memory
+from tests import literal_flow
+
+SHAPES = {"mef_tiny": (1, 28, 28), "mef_small": (3, 32, 32), "mef_base": (3, 32, 32)}
+GLOW = {"mef_small": (12, 160)}  # steps and width of the Glow of equal size, where there is one
+PATIENCE, MOST = 12, 9  # seconds and turns per row
+HEAD = "| flow | batch | form | encode | decode | encode + decode | training step | of roofline, each |"
+
+
+def seconds(function) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def convolution(dtype: torch.dtype):
+    """One convolution, and its FLOPs."""
+    x = torch.randn(64, 128, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    return lambda: F.conv2d(x, weight, padding=1), 2 * x.numel() * weight[0].numel()
+
+
+def convolution_flops(flow) -> int:
+    """FLOPs per image of the convolutions of one pass."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        flow.encode(torch.zeros(1, *flow.event_shape))
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+
+
+def inference(encode, decode, x, z) -> dict:
+    """The three passes without gradients."""
+    passes = {"encode": lambda: encode(x), "decode": lambda: decode(z)}
+    passes["both"] = lambda: decode(encode(x)[0])
+    return {name: torch.no_grad()(function) for name, function in passes.items()}
+
+
+def step(flow, x, encode):
+    """Forward and backward pass of the negative log-likelihood."""
+    y = torch.zeros(len(x), dtype=torch.long)
+
+    def run():
+        z, ladj = encode(x)
+        (-(flow.gaussians.log_prob(z, y) + ladj).mean()).backward()
+        flow.zero_grad()
+
+    return run
+
+
+def with_dtype(flow, dtype):
+    def encode(x):
+        flow.set_training_form(dtype)
+        return flow.encode(x)
+
+    return encode
+
+
+def normflows_glow(shape, steps: int, hidden: int):
+    """The multi-scale Glow of normflows with a base distribution that costs nothing."""
+    import normflows
+
+    channels, height, width = shape
+    flows, merges, bases = [], [], []
+    for i in range(3):
+        blocks = [normflows.flows.GlowBlock(channels * 2 ** (4 - i), hidden) for _ in range(steps)]
+        flows.append([*blocks, normflows.flows.Squeeze()])
+        merges += [normflows.flows.Merge()] if i > 0 else []
+        scale = 2 ** (3 - i)
+        latent = (channels * 2 ** (4 - i - (i > 0)), height // scale, width // scale)
+        bases.append(normflows.distributions.DiagGaussian(latent, trainable=False))
+    return normflows.MultiscaleFlow(bases, flows, merges, class_cond=False)
+
+
+def glow_work(x, steps: int, hidden: int) -> dict:
+    glow = normflows_glow(x.shape[1:], steps, hidden)
+    with torch.no_grad():
+        glow.log_prob(x, None)
+
+    def train():
+        (-glow.log_prob(x, None).mean()).backward()
+        glow.zero_grad()
+
+    passes = {"encode": lambda: glow.log_prob(x, None), "decode": lambda: glow.sample(len(x))}
+    return {k: torch.no_grad()(f) for k, f in passes.items()} | {"train": train}
+
+
+def forms_of(flow, x, compiled: bool) -> dict[str, dict]:
+    """What to time: form to pass to function."""
+    with torch.no_grad():
+        z = flow.encode(x)[0]
+    bf16 = torch.bfloat16
+    twin = (lambda x: literal_flow.encode(flow, x)), (lambda z: literal_flow.decode(flow, z))
+    forms = {"literal twin": inference(*twin, x, z) | {"train": step(flow, x, twin[0])}}
+    for name, dtype in (("float32", None), ("bfloat16 conditioner", bf16)):
+        frozen = flow.freeze(dtype)
+        forms[name] = inference(frozen.encode, frozen.decode, x, z)
+        forms[name]["train"] = step(flow, x, with_dtype(flow, dtype))
+        if compiled:
+            frozen = flow.freeze(dtype, compiled=True)
+            forms[name + ", compiled"] = inference(frozen.encode, frozen.decode, x, z)
+    return forms
+
+
+def measure(forms: dict) -> dict:
+    """Median seconds of every pass of every form, all in turn."""
+    convs = {name: convolution(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    work = {("conv", name): torch.no_grad()(function) for name, (function, _) in convs.items()}
+    work |= {(form, name): function for form, passes in forms.items() for name, function in passes.items()}
+    times = {key: [] for key in work}
+    warm = sum(seconds(function) for function in work.values())
+    began, least = time.perf_counter(), 2 if warm < 10 * PATIENCE else 1
+    while (turns := len(times["conv", "float32"])) < least or (turns < MOST and time.perf_counter() - began < PATIENCE):
+        for key, function in work.items():
+            times[key].append(seconds(function))
+    medians = {key: torch.tensor(values).median().item() for key, values in times.items()}
+    return medians | {("speed", name): flops / medians["conv", name] for name, (_, flops) in convs.items()}
+
+
+def rows(name: str, batch: int, compiled: bool) -> list[str]:
+    """Lines of the table for one flow and one batch."""
+    flow = create_flow(name, event_shape=SHAPES[name], num_classes=10)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(batch, *flow.event_shape, generator=generator)
+    flow.initialise(torch.rand(32, *flow.event_shape, generator=generator))
+    flops, forms = convolution_flops(flow), forms_of(flow, x, compiled)
+    if name in GLOW:
+        forms["normflows Glow"] = glow_work(x, *GLOW[name])
+    times, lines = measure(forms), []
+    for form, passes in forms.items():
+        dtype = "bfloat16" if "bfloat16" in form else "float32"
+        rates = {k: batch / times[form, k] for k in passes}
+        limits = {"encode": 1, "decode": 1, "both": 2, "train": 3}
+        shares = {k: r * flops * limits[k] / times["speed", dtype] for k, r in rates.items()}
+        cells = [f"{rates[k]:.1f}" if k in rates else "" for k in limits]
+        of = "" if "Glow" in form else " / ".join(f"{shares[k]:.2f}" for k in limits if k in shares)
+        lines.append(f"| {name} | {batch} | {form} | {' | '.join(cells)} | {of} |")
+    speeds = [times["speed", d] / 1e9 for d in ("float32", "bfloat16")]
+    limit = f"{1e9 * speeds[0] / flops:.1f} ({speeds[0]:.0f} GFLOP/s), bfloat16 {1e9 * speeds[1] / flops:.1f}"
+    return [*lines, f"| {name} | {batch} | convolutions alone | {limit} ({speeds[1]:.0f}) | | | | |"]
+
+
+def milliseconds_per_image(size: int, batch: int) -> float:
+    flow = create_flow("mef_small", event_shape=(3, size, size), num_classes=10, coupling="affine").freeze()
+    x = torch.rand(batch, *flow.event_shape)
+    encode = torch.no_grad()(lambda: flow.encode(x))
+    encode()
+    return 1e3 * torch.tensor([seconds(encode) for _ in range(5)]).median().item() / batch
+
+
+def growth() -> list[str]:
+    """Milliseconds per image and per thousand pixels as batch and image grow."""
+    lines = []
+    for size, batch in ((16, 64), (32, 16), (32, 64), (32, 256), (64, 16), (64, 64)):
+        each = milliseconds_per_image(size, batch)
+        lines.append(f"| {size}×{size} | {batch} | {each:.2f} | {1000 * each / size**2:.2f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flows", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=(8, 64, 256))
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled forms out")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    args = parser.parse_args()
+    keep_freed_memory()
+    table = []
+    for name in args.flows:
+        for batch in args.batches:
+            compiled = not args.no_compile and (name != "mef_base" or batch == 64)
+            table += (lines := rows(name, batch, compiled))
+            print(*lines, sep="\n", flush=True)
+    args.output.write_text(f"""# Speed of the flow engine
+
+`python -m benchmarks.throughput`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads,
+torch {torch.__version__}. Images per second; matrix-exponential couplings; weights are random. In the last column: the
+share of the roofline that encode / decode / encode + decode / training step reach.
+
+{HEAD}
+|---|---|---|---|---|---|---|---|
+{chr(10).join(table)}
+
+## Cost against batch and pixels
+
+`mef_small`, affine coupling, frozen, float32, encode.
+
+| image | batch | ms per image | ms per 1000 pixels |
+|---|---|---|---|
+{chr(10).join(growth())}
+""")
+
+
+if __name__ == "__main__":
+    main()
