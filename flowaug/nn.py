@@ -35,7 +35,7 @@ def elu(x: Tensor) -> Tensor:
     return _ELU.apply(x) if torch.is_grad_enabled() else _elu(x)
 
 
-LINEAR_BACKEND = "blas"  # "onednn": matrix products in float32 on a CPU go through oneDNN's 1×1 convolution
+LINEAR_BACKEND = "onednn"  # float32 on a CPU: by oneDNN's 1×1 convolution, on AMD up to twice as fast as "blas"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
