@@ -10,6 +10,7 @@ recipe.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -19,14 +20,20 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
-from flowaug import ClassMoments, create_flow, list_flows
+from flowaug import create_flow, list_flows
 from flowaug.data import load_dataset, stack_images
-from flowaug.estimators import fpi
-from flowaug.fitting import ImageTable, class_moments, evaluate, fit_pca, random_hflip, random_shift
+from flowaug.fitting import ImageTable, evaluate, fit_pca, random_hflip, random_shift
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import batches
 from flowaug.recipes import add_data_options, fill_in, flow_recipe
 from flowaug.report import MetricsLog, write_flow_folder
+from flowaug.schedule import (
+    GLEM_DEFAULTS,
+    GaussianSchedule,
+    add_gaussian_options,
+    check_gaussian_options,
+    settle_gaussian_options,
+)
 from flowaug.state import Run
 
 INIT_BATCH = 512
@@ -40,13 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flow = parser.add_argument_group("flow")
     flow.add_argument("--model", help=f"architecture: {', '.join(list_flows())}")
     flow.add_argument("--coupling", choices=("additive", "affine", "matrix_exp"), help="coupling of the architecture")
-    gaussians = parser.add_argument_group("class Gaussians")
-    gaussians.add_argument(
-        "--kld-weight", type=float, help="λ', pull towards separation; more classifies, less augments"
-    )
-    gaussians.add_argument("--kld-alpha", type=float, default=10.0, help="α of the separation term, 0.1 to 10")
-    gaussians.add_argument("--solve-at", type=int, help="step at which the class Gaussians are solved for")
-    gaussians.add_argument("--rank", type=int, help="principal axes kept per class")
+    flow.add_argument("--rank", type=int, help="principal axes kept per class")
+    add_gaussian_options(parser)
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, help="optimiser steps")
     training.add_argument("--max-epochs", type=int, help="fewer steps where --steps would pass the data more often")
@@ -77,6 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--cpu", action="store_true", help="stay on the CPU")
     args = parser.parse_args(argv)
     args.dataset = args.dataset or (None if args.data_dir else "digits")
+    check_gaussian_options(args)
+    if args.estimator == "glem":
+        args.kld_weight = GLEM_DEFAULTS["kld_weight"] if args.kld_weight is None else args.kld_weight
     fill_in(args, flow_recipe(args.dataset))
     return args
 
@@ -108,17 +113,18 @@ def load_tables(args: argparse.Namespace, accelerator: Accelerator):
     return train, *tables
 
 
-def training_batches(table: ImageTable, args: argparse.Namespace, start: int):
-    """Endless batches, epoch by epoch, from step ``start`` on."""
-    step = 0
-    for epoch in range(sys.maxsize):
-        size = min(args.batch_size, len(table) // table.world_size)
-        for x, y in batches(
-            table.images, table.targets, size, True, args.seed, epoch, True, table.rank, table.world_size
-        ):
-            step += 1
-            if step > start:
-                yield x, y
+def training_batches(phases: list[tuple[ImageTable, int]], args: argparse.Namespace, start: int):
+    """Batches of every phase (images, steps) in turn, epoch by epoch, from step ``start`` on."""
+    for table, steps in phases:
+        yield from itertools.islice(endless_batches(table, args), min(start, steps), steps)
+        start = max(0, start - steps)
+
+
+def endless_batches(table: ImageTable, args: argparse.Namespace):
+    """Shuffled batches, epoch after epoch."""
+    size, place = min(args.batch_size, len(table) // table.world_size), (table.rank, table.world_size)
+    for epoch in itertools.count():
+        yield from batches(table.images, table.targets, size, True, args.seed, epoch, True, *place)
 
 
 def augment(flow, x, args, generator):
@@ -132,13 +138,6 @@ def initialise(flow, table: ImageTable, args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(table), generator=generator)[:INIT_BATCH]
     flow.initialise(augment(flow, table.images[chosen].float() / 255, args, generator))
-
-
-def solve_gaussians(flow, moments: ClassMoments, args: argparse.Namespace) -> dict:
-    """One fixed-point solve for the class means, unit variances kept; the flow's Gaussians are then frozen."""
-    point = fpi(moments, kld_weight=args.kld_weight, alpha=args.kld_alpha, learn="mean", variance="unit")
-    flow.gaussians.assign_(point.value)
-    return {"steps": point.steps, "residual": float(point.residual), "converged": bool(point.converged)}
 
 
 def create(args: argparse.Namespace, dataset, table: ImageTable):
@@ -160,17 +159,19 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     """Train a flow and write its folder; returns the folder."""
     device, main = accelerator.device, accelerator.is_main_process
     dataset, table, val = load_tables(args, accelerator)
+    settle_gaussian_options(args)
     flow = create(args, dataset, table).to(device)
     averaged = ModelEmaV3(flow, decay=args.ema_decay, use_warmup=True)
     flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
     log, state_path = MetricsLog(args.output, main), args.output / "state.safetensors"
-    run = Run(recipe_of(args), flow, averaged, optimizer, log)
+    schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
+    run = Run(recipe_of(args), flow, averaged, optimizer, log, schedule)
     start = run.restore(state_path) if args.resume == "auto" else 0
     model, generator = accelerator.prepare(flow), torch.Generator(device)
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     began = time.time()
-    for step, (x, y) in zip(range(start, args.steps), training_batches(table, args, start), strict=False):
+    for step, (x, y) in enumerate(training_batches(schedule.phases(), args, start), start):
         generator.manual_seed((args.seed << 40) + (step << 12) + accelerator.process_index)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -181,9 +182,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         averaged.update(flow, step=step)
-        if step + 1 == args.solve_at:
-            moments = class_moments(flow, table, device, accelerator.reduce, args.seed)
-            log.note("fixed_point", solve_gaussians(flow, moments, args))
+        if note := schedule.after(step + 1, flow):
+            log.note("class_gaussians", note)
             averaged.module.gaussians.load_state_dict(flow.gaussians.state_dict())
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             values = evaluate(averaged.module, val, device, accelerator.reduce)

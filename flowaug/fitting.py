@@ -1,7 +1,7 @@
 """Passes of a flow over a data set: class moments, class axes, bits per dimension and NF-Acc."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,10 @@ class ImageTable:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def subset(self, rows: Tensor) -> "ImageTable":
+        """The images that ``rows``, bool (N,) or indices, names."""
+        return replace(self, images=self.images[rows], targets=self.targets[rows])
 
     def share(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's share, once, in order: x (B, C, H, W) in [0, 1] and y (B,) on ``device``."""

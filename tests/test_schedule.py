@@ -1,0 +1,100 @@
+"""Where the class Gaussians of a training come from: every estimator, every ablation, from the command line."""
+
+import json
+
+import pytest
+import torch
+
+import train_flow
+from flowaug import load_flow, state
+from flowaug.checkpoint import WEIGHTS
+from flowaug.fitting import ImageTable
+from flowaug.schedule import split_by_class
+
+QUICK = ["--images-per-class", "12", "--steps", "8", "--eval-every", "8", "--batch-size", "32", "--rank", "2", "--cpu"]
+SOLVED = ["--solve-at", "4"]
+GLEM = ["--estimator", "glem", "--glem-merge-at", "4", "--glem-every", "2"]
+ABLATIONS = {
+    "means and variances": [*SOLVED, "--learn", "both", "--kld-pi", "mean", "--kld-alpha", "1"],
+    "one variance per class": [*SOLVED, "--learn", "both", "--isotropic"],
+    "gradient descent": [*SOLVED, "--estimator", "gradient", "--lr-policy", "superlinear", "--gaussian-lr", "0.05"],
+    "the data's own": [*SOLVED, "--estimator", "data"],
+    "one Gaussian for all": ["--estimator", "unit"],
+    "glem": GLEM,
+    "glem, divergence off": [*GLEM, "--kld-weight", "0"],
+    "glem, clamped": [*GLEM, "--clamp-variances"],
+    "glem, means": [*GLEM, "--learn", "means"],
+    "glem, variances": [*GLEM, "--learn", "variances"],
+    "glem, random start": [*GLEM, "--glem-start", "random"],
+}
+MOVES = {
+    "gradient descent": {"mean"},
+    "glem, variances": {"variance"},
+    "glem, means": {"mean"},
+    "one Gaussian for all": set(),
+}
+
+
+def run(folder, *options):
+    train_flow.main([*options, *QUICK, "--output", str(folder)])
+    return load_flow(folder), json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_estimator_trains(name, tmp_path):
+    flow, metrics = run(tmp_path, *ABLATIONS[name])
+    assert ("class_gaussians" in metrics) == (name != "one Gaussian for all")
+    gaussians = {"mean": flow.gaussians.mean, "variance": flow.gaussians.variance}
+    differ = {k for k, v in gaussians.items() if (v - v[:1]).abs().max() > 1e-6}  # between the classes
+    assert differ == MOVES.get(name, {"mean", "variance"})
+
+
+def test_fixed_point_keeps_unit_variances(tmp_path):
+    flow, metrics = run(tmp_path, *SOLVED)
+    assert (flow.gaussians.variance == 1).all()
+    assert metrics["class_gaussians"]["converged"]
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two steps."""
+
+
+def test_glem_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    run(tmp_path / "whole", *GLEM)
+    original = state.save_state
+
+    def save_then_die(path, values):
+        original(path, values)
+        if values["step"] == 3:
+            raise Killed
+
+    monkeypatch.setattr(state, "save_state", save_then_die)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", *GLEM, "--save-every", "1")
+    run(tmp_path / "cut", *GLEM, "--save-every", "1")
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--estimator", "data", "--kld-weight", "3"], "does not use --kld-weight"),
+        (["--estimator", "glem", "--solve-at", "3"], "does not use --solve-at"),
+        (["--glem-share", "0.2"], "--estimator fpi does not use --glem-share"),
+        (["--estimator", "glem", "--glem-share", "1.5"], "between 0 and 1"),
+        (["--estimator", "glem", "--kld-weight", "-1"], "kld_weight"),
+        (["--estimator", "glem", "--images-per-class", "3"], "class 0 has 3 images, GLEM needs 4"),
+    ],
+)
+def test_options_that_disagree(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        train_flow.main([*QUICK, *options, "--output", str(tmp_path)])
+
+
+def test_split_takes_its_share_of_every_class():
+    targets = torch.arange(60) % 3
+    table = ImageTable(torch.arange(60, dtype=torch.uint8)[:, None, None, None], targets, 3)
+    first, second = split_by_class(table, 0.1, seed=0)
+    assert second.targets.bincount().tolist() == [2, 2, 2]
+    assert sorted(first.images.flatten().tolist() + second.images.flatten().tolist()) == list(range(60))
+    assert torch.equal(first.images.flatten() % 3, first.targets)
