@@ -9,13 +9,13 @@ Options left out come from the recipe of the data set. Labels stay hard and the 
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -33,9 +33,11 @@ from flowaug.checkpoint import CONFIG, pack, write_atomic
 from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
 from flowaug.data import create_loader, load_dataset
 from flowaug.host import keep_freed_memory
+from flowaug.loaders import endless_batches
 from flowaug.mixup import PARTNERS
 from flowaug.recipes import add_data_options, classifier_recipe, fill_in
-from flowaug.report import MetricsLog, draw_augmented, one_per_class
+from flowaug.report import MetricsLog, RunningMean, draw_augmented, one_per_class
+from flowaug.state import Run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,6 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder to write to")
+    run.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from a killed run in --output")
+    run.add_argument("--save-every", type=int, default=1000, help="steps between states that a killed run resumes from")
     run.add_argument("--cpu", action="store_true", help="stay on the CPU")
     args = parser.parse_args(argv)
     args.dataset = args.dataset or (None if args.data_dir else "digits")
@@ -194,35 +198,54 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     erasing = RandomErasing(args.reprob, mode="pixel", device=str(device)) if args.reprob else None
     pipeline = BatchPipeline(input_size, mean, std, flow_mixup, create_mixup(args, num_classes), erasing).to(device)
     train_loader, val_loader = create_loaders(args, (train_set, val_set), input_size, accelerator)
-    epochs = args.epochs or math.ceil(args.steps / len(train_loader))
-    steps = args.steps or epochs * len(train_loader)
+    steps = args.steps or args.epochs * len(train_loader)
+    eval_every = len(train_loader) * max(1, math.ceil(steps / len(train_loader)) // 10)
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
     scheduler = create_schedule(args, optimizer, steps)
     hard_loss = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     criterion = SoftTargetCrossEntropy() if pipeline.mixup else hard_loss
-    model, optimizer = accelerator.prepare(model.to(device), optimizer)
-    set_seed(args.seed, device_specific=True)
-    log = MetricsLog(args.output, accelerator.is_main_process)
-    bar = tqdm(total=steps, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
-    began, step, running = time.time(), 0, torch.zeros((), device=device)
+    model = model.to(device)
+    log, state_path = MetricsLog(args.output, accelerator.is_main_process), args.output / "state.safetensors"
+    mean_loss = RunningMean(device)
+    parts = (model, optimizer, log, mean_loss, flow_mixup)
+    run = Run(recipe_of(args), *(part for part in parts if part is not None))
+    start = run.restore(state_path) if args.resume == "auto" else 0
+    model, optimizer = accelerator.prepare(model, optimizer)
+    bar = tqdm(total=steps, initial=start, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    began = time.time()
     model.train()
-    for epoch in range(epochs):
-        for x, y in itertools.islice(train_loader, steps - step):
-            scheduler.step(step)
-            x, y = pipeline.train(x.to(device), y.to(device))
-            loss = criterion(model(x), y)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()
-            running += loss.detach()
-            step += 1
-            bar.update()
-        if (epoch + 1) % max(1, epochs // 10) == 0 or step == steps:
+    for step, (x, y) in zip(range(start, steps), endless_batches(train_loader, start), strict=False):
+        seed_step(args.seed, step, accelerator.process_index, flow_mixup)
+        scheduler.step(step)
+        x, y = pipeline.train(x.to(device), y.to(device))
+        loss = criterion(model(x), y)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean_loss.update(loss.detach())
+        bar.update()
+        if (step + 1) % eval_every == 0 or step + 1 == steps:
             values = accuracy(model, val_loader, pipeline, device, accelerator.reduce)
-            log.write(step, {"train_loss": running.item() / step, **values}, bar)
+            log.write(step + 1, {"train_loss": mean_loss.value, **values}, bar)
+        if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
+            run.save(state_path, step + 1)
     bar.close()
     return finish(args, accelerator, model, log, flow_mixup, val_set, time.time() - began)
+
+
+def seed_step(seed: int, step: int, rank: int, flow_mixup: FlowMixupTransform | None) -> None:
+    """Make dropout, mixing and erasing of a step depend on its number alone, so that a resumed run repeats them."""
+    set_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0]))
+    if flow_mixup is not None:
+        flow_mixup.reseed(seed, rank, step)
+
+
+def recipe_of(args: argparse.Namespace) -> dict:
+    """The options that decide the numbers of the classifier."""
+    skip = ("output", "resume", "save_every", "cpu", "workers")
+    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
+    return recipe | {"scale": list(args.scale), "ratio": list(args.ratio)}
 
 
 def finish(args, accelerator, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:
@@ -233,6 +256,7 @@ def finish(args, accelerator, model, log: MetricsLog, flow_mixup, dataset, secon
         if flow_mixup is not None:
             log.note("flow_aug", flow_mixup.counts)
             draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
+        (args.output / "state.safetensors").unlink(missing_ok=True)
     return log.finish(model=args.model, seconds=round(seconds, 1), steps=log.last["step"])
 
 

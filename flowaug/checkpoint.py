@@ -32,7 +32,7 @@ def list_pretrained() -> list[str]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it: a reader sees the old file or the new, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

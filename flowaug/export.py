@@ -98,7 +98,7 @@ def _augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chun
     images = {i: dataset.image(i) for i in chunk.indices}
     if chunk.copy == 0:
         return images
-    transform.sampler.rng = np.random.default_rng([seed, chunk.copy, chunk.start])
+    transform.reseed(seed, chunk.copy, chunk.start)
     sizes: dict[tuple, list[int]] = {}
     for i, image in images.items():
         sizes.setdefault(image.size, []).append(i)

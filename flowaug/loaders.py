@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import random
 from collections.abc import Callable, Iterator
 
@@ -65,48 +67,91 @@ def create_loader(
 ) -> DataLoader:
     """A loader of ``(transform(image), label)`` batches for a classifier; ``dataset`` stays as it is.
 
-    Image order and the workers' seeds depend on ``(seed, epoch)``; the epoch advances with each pass, and
-    ``loader.sampler.set_epoch(e)`` resumes at epoch e. Ranks share the images as in :func:`batches`.
-    With ``workers=0`` random transforms draw from the caller's global generators.
+    The order depends on ``(seed, epoch)`` and the random transforms of an image on ``(seed, epoch, image)``, whatever
+    the number of workers. The epoch advances with each pass, and ``loader.sampler.set_epoch(e, skip)`` resumes within
+    epoch e. Ranks share the images as in :func:`batches`. The caller's global generators stay as they are.
 
     Raises:
         ValueError: no transform, or no batch at all.
     """
     if not callable(transform):
         raise ValueError(f"transform is {transform!r}; expected a callable from a PIL image to a tensor")
-    view, generator = copy.copy(dataset), torch.Generator()
+    view = copy.copy(dataset)
     view.transform = transform
-    sampler = EpochSampler(len(view), shuffle, seed, shuffle or drop_last, rank, world_size, generator)
+    sampler = EpochSampler(len(view), shuffle, seed, shuffle or drop_last, rank, world_size)
     _check_batch_size(batch_size, len(sampler), drop_last)
     return DataLoader(
-        view,
+        SeededImages(view, seed),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        generator=generator,
-        worker_init_fn=_seed_worker,
+        generator=torch.Generator().manual_seed(seed),
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-class EpochSampler(Sampler):
-    """This rank's share of the indices, in the order of ``(seed, epoch)``; each pass is one epoch."""
+def endless_batches(loader: DataLoader, start: int) -> Iterator:
+    """Endless batches, epoch by epoch, from step ``start`` on; those before are skipped unread."""
+    epoch, done = divmod(start, len(loader))
+    loader.sampler.set_epoch(epoch, skip=done * loader.batch_size)
+    yield from itertools.islice(loader, len(loader) - done)
+    while True:
+        yield from loader
 
-    def __init__(self, count, shuffle, seed, even, rank, world_size, generator):
+
+class SeededImages(Dataset):
+    """A data set whose random transforms depend on (seed, epoch, image) alone; its keys come from `EpochSampler`."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        """The image and label of ``key = (epoch, index)``."""
+        with seeded(self.seed, *key):
+            return self.dataset[key[1]]
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed the global CPU generators, which transforms and layers of other libraries draw from, by several numbers."""
+    seed = _mix_seed(*numbers)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """``seed_everything`` for the length of a block; the generators then go on as if nothing had been."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    seed_everything(*numbers)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
+
+
+class EpochSampler(Sampler):
+    """This rank's share of the images as keys (epoch, index), in the order of ``(seed, epoch)``; a pass is an epoch."""
+
+    def __init__(self, count, shuffle, seed, even, rank, world_size):
         self.share = (count, shuffle, seed), (even, rank, world_size)
-        self.generator, self.rank, self.seed = generator, rank, seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of ``epoch``: its order, and the seeds of its workers."""
-        self.epoch = epoch
-        self.generator.manual_seed(_mix_seed(self.seed, epoch, self.rank + 1))
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Make the next pass that of ``epoch``, without its first ``skip`` images."""
+        self.epoch, self.skip = epoch, skip
 
-    def __iter__(self) -> Iterator[int]:
-        order = _share(*self.share[0], self.epoch, *self.share[1])
-        self.set_epoch(self.epoch + 1)  # the loader has drawn this pass's worker seeds already
-        return iter(order.tolist())
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, epoch = _share(*self.share[0], self.epoch, *self.share[1])[self.skip :], self.epoch
+        self.set_epoch(epoch + 1)
+        return iter([(epoch, index) for index in order.tolist()])
 
     def __len__(self) -> int:
         return len(_share(self.share[0][0], False, 0, 0, *self.share[1]))
@@ -134,10 +179,3 @@ def _check_batch_size(batch_size: int, share: int, drop_last: bool) -> None:
 def _mix_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers; unlike a sum, (0, 1) and (1, 0) give different ones."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _seed_worker(worker_id: int) -> None:
-    """Seed the worker's other generators: torch's own is set already, from the loader's and the worker id."""
-    seed = torch.initial_seed() % 2**32
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  (transforms of other libraries draw from the global generator)

@@ -155,7 +155,11 @@ class PlanSampler:
             raise ValueError(f"partner is {partner!r}; expected one of {PARTNERS}")
         self.pca, self.policy, self.partner = pca, policy, partner
         self.per_axis, self.rescaled = per_axis, rescaled
-        self.rng = np.random.default_rng([seed, rank])
+        self.reseed(seed, rank)
+
+    def reseed(self, *numbers: int) -> None:
+        """Start the generator anew from several numbers, for example seed, rank and step."""
+        self.rng = np.random.default_rng(numbers)
 
     def __call__(self, y: Tensor) -> MixPlan:
         """Draw the plan of a batch with labels ``y`` (B,); labels outside 0 … K − 1 get weight 0."""

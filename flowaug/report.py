@@ -72,6 +72,30 @@ class MetricsLog:
         self.rows, self.notes = state["rows"], state["notes"]
 
 
+class RunningMean:
+    """Mean of a loss since the start of the run; nothing is read back from the device before ``value``."""
+
+    def __init__(self, device: torch.device):
+        self.total, self.count = torch.zeros((), device=device), 0
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Count one more loss."""
+        self.total, self.count = self.total + loss, self.count + 1
+
+    @property
+    def value(self) -> float:
+        """The mean so far."""
+        return self.total.item() / self.count
+
+    def state_dict(self) -> dict:
+        """Sum and count."""
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self.total, self.count = state["total"].to(self.total.device), state["count"]
+
+
 def write_flow_folder(
     folder: Path,
     flow: Flow,

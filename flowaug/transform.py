@@ -123,6 +123,10 @@ class FlowMixupTransform:
         self._check_values(x, y)
         return self.apply(x, y, self.plan(y)), y
 
+    def reseed(self, *numbers: int) -> None:
+        """Draw from now on by several numbers, for example (seed, rank, step): a resumed run then repeats a step."""
+        self.sampler.reseed(*numbers)
+
     def plan(self, y: Tensor) -> MixPlan:
         """Draw the random choices for a batch with labels ``y`` (B,)."""
         return self.sampler(y)

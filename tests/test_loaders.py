@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowaug.data import ImageDataset
-from flowaug.loaders import batches, create_loader
+from flowaug.loaders import batches, create_loader, endless_batches
 
 IMAGES = torch.arange(22, dtype=torch.uint8).reshape(11, 2, 1, 1) * 11  # image i starts with 22 i
 LABELS = np.arange(11)
@@ -107,6 +107,15 @@ def test_loader_order_changes_by_epoch_and_resumes(dataset):
     assert one_pass(resumed)[1].tolist() == orders[2]
 
 
+def test_endless_batches_go_on_within_an_epoch(dataset):
+    whole, resumed = (create_loader(dataset, noise, 4, shuffle=True, seed=1, drop_last=True) for _ in range(2))
+    every = list(itertools.islice(endless_batches(whole, 0), 7))
+    rest = list(itertools.islice(endless_batches(resumed, 3), 4))
+    for (x, y), (again, labels) in zip(every[3:], rest, strict=True):
+        assert torch.equal(x, again)
+        assert torch.equal(y, labels)
+
+
 def test_loader_ranks_share_the_images(dataset):
     train = [create_loader(dataset, to_tensor, 2, True, 0, rank=r, world_size=2) for r in range(2)]
     assert [len(loader) for loader in train] == [3, 3]
@@ -116,12 +125,12 @@ def test_loader_ranks_share_the_images(dataset):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 warns of torch's threads
-def test_workers_draw_by_seed_epoch_and_worker(dataset):
-    loader, resumed = (create_loader(dataset, noise, 3, shuffle=True, seed=1, workers=2) for _ in range(2))
+def test_transforms_draw_by_seed_epoch_and_image_whatever_the_workers(dataset):
+    loader, resumed = (create_loader(dataset, noise, 3, shuffle=True, seed=1, workers=w) for w in (2, 0))
     draws = [one_pass(loader)[0] for _ in range(2)]
     resumed.sampler.set_epoch(1)
     assert torch.equal(one_pass(resumed)[0], draws[1])
-    for generator in range(3):  # python's, numpy's, torch's: no number twice in two workers and two epochs
+    for generator in range(3):  # python's, numpy's, torch's: no number twice in two epochs
         assert len(set(torch.cat(draws)[:, generator].tolist())) == 22
 
 
@@ -134,7 +143,7 @@ def test_ranks_draw_differently_for_the_same_seed(dataset):
 
 def test_loader_does_not_touch_global_generators(dataset):
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    one_pass(create_loader(dataset, to_tensor, 4, shuffle=True, seed=0))
+    one_pass(create_loader(dataset, noise, 4, shuffle=True, seed=0))
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     np.testing.assert_array_equal(np.random.get_state()[1], before[2])  # noqa: NPY002

@@ -13,6 +13,7 @@ import finetune
 import train_flow
 from flowaug import FlowMixupTransform, load_flow, load_pca, state
 from flowaug.checkpoint import CONFIG, WEIGHTS
+from flowaug.schedule import settle_gaussian_options
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK_FLOW = ["--steps", "6", "--solve-at", "3", "--eval-every", "3", "--batch-size", "16", "--rank", "3", "--cpu"]
@@ -46,7 +47,7 @@ def test_train_flow_writes_a_whole_folder(trained):
     names = {"config.json", "model.safetensors", "pca.safetensors", "metrics.json", "samples.png", "augmented.png"}
     assert names | {"README.md", "metrics.jsonl", "curves.png"} == {p.name for p in trained.iterdir()}
     metrics = json.loads((trained / "metrics.json").read_text())
-    assert metrics["fixed_point"]["converged"]
+    assert metrics["class_gaussians"]["converged"]
     assert 0 <= metrics["nf_acc"] <= 1
     assert metrics["step"] == 6
     flow = load_flow(trained)
@@ -96,6 +97,29 @@ def test_finetune_on_a_folder_with_a_named_flow(photos, trained, tmp_path, capsy
     assert metrics["steps"] == 4
     assert metrics["flow_aug"]["augmented"] > 0
     assert {"model.safetensors", "augmented.png", "curves.png", "metrics.jsonl"} <= {p.name for p in output.iterdir()}
+
+
+def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path, monkeypatch):
+    extras = ["--flow-aug", str(trained), "--mixup", "0.2", "--reprob", "0.5", "--hflip", "0.5", "--save-every", "1"]
+    options = ["--data-dir", str(photos), *extras, *QUICK, "--steps", "5", "--batch-size", "10"]  # two steps an epoch
+    finetune.main([*options, "--output", str(tmp_path / "whole")])
+    original = state.save_state
+
+    def save_then_die(path, values):
+        original(path, values)
+        if values["step"] == 3:
+            raise Killed
+
+    monkeypatch.setattr(state, "save_state", save_then_die)
+    with pytest.raises(Killed):
+        finetune.main([*options, "--output", str(tmp_path / "cut")])
+    monkeypatch.setattr(state, "save_state", original)
+    finetune.main([*options, "--workers", "1", "--output", str(tmp_path / "cut")])
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    counts = [json.loads((tmp_path / run / "metrics.json").read_text())["flow_aug"] for run in ("cut", "whole")]
+    assert counts[0] == counts[1]
+    assert not (tmp_path / "cut" / "state.safetensors").exists()
 
 
 def test_finetune_trains_a_missing_flow_once_and_keeps_it(photos, tmp_path, capsys, monkeypatch):
@@ -209,6 +233,7 @@ def test_truncated_weights_end_in_one_sentence(photos, trained, tmp_path):
 def test_another_runs_state_is_refused(photos, tmp_path, trained):
     options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", *QUICK_FLOW]
     args = train_flow.parse_args([*options, "--output", str(tmp_path)])
+    settle_gaussian_options(args)
     wrong = train_flow.recipe_of(args) | {"lr": 9.0}
     state.save_state(tmp_path / "state.safetensors", {"recipe": wrong})
     with pytest.raises(SystemExit, match=r"other options \(lr\)"):
