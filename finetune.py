@@ -256,7 +256,7 @@ def finish(args, accelerator, model, log: MetricsLog, flow_mixup, dataset, secon
         if flow_mixup is not None:
             log.note("flow_aug", flow_mixup.counts)
             draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
-        (args.output / "state.safetensors").unlink(missing_ok=True)
+        Run.discard(args.output / "state.safetensors")
     return log.finish(model=args.model, seconds=round(seconds, 1), steps=log.last["step"])
 
 

@@ -197,7 +197,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     log.note("train_seconds", round(time.time() - began, 1))
     if main:
         write_flow_folder(args.output, final, pca, dataset, table, val, recipe_of(args), log)
-        state_path.unlink(missing_ok=True)
+        run.discard(state_path)
     accelerator.wait_for_everyone()
     return args.output
 

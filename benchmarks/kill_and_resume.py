@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+WINDOW = 0.25, 0.55  # moments of the kills, as shares of the undisturbed time; a start takes about 0.3 of it
 RUNS = {
     "train_flow.py": ["--steps", "400", "--save-every", "7", "--eval-every", "100"],
     "finetune.py": ["--steps", "300", "--save-every", "7", "--flow-aug", "digits", "--reprob", "0.3", "--mixup", "0.2"],
@@ -28,13 +29,13 @@ def start(script: str, output: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def disturbed(script: str, output: Path, kills: int, longest: float, rng: random.Random) -> tuple[int, int]:
+def disturbed(script: str, output: Path, kills: int, seconds: float, rng: random.Random) -> tuple[int, int]:
     """Run to the end through ``kills`` kills; returns how often it was killed and how often with a state on disk."""
     done, resumed = 0, 0
     while True:
         process = start(script, output)
         try:
-            process.wait(rng.uniform(0.3, 1) * longest if done < kills else None)
+            process.wait(rng.uniform(*WINDOW) * seconds if done < kills else None)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -50,7 +51,7 @@ def row(script: str, kills: int, rng: random.Random, folder: Path) -> str:
     if start(script, folder / "whole").wait():
         raise RuntimeError(f"{script} failed undisturbed")
     seconds = time.time() - began
-    done, resumed = disturbed(script, folder / "cut", kills, 0.6 * seconds, rng)
+    done, resumed = disturbed(script, folder / "cut", kills, seconds, rng)
     weights = [(folder / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     leftovers = [p.name for p in (folder / "cut").iterdir() if p.name.endswith(".tmp")]
     same = "yes" if weights[0] == weights[1] else "NO"

@@ -1,6 +1,6 @@
 """Images per second of the flow engine, beside a literal twin, normflows' Glow and the speed of the convolutions.
 
-    python -m benchmarks.throughput                       # about half an hour on two cores; writes throughput.md
+    pip install .[dev] && python -m benchmarks.throughput  # about 20 minutes on two cores; writes throughput.md
     python -m benchmarks.throughput --flows mef_small --batches 64 --no-compile
 
 Everything of one row runs in turn in one process, so that a slow moment of the machine hits all columns; cells are

@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next step instead of giving it back to the system.
 
     A training step on a CPU frees gigabytes of activations that the next step asks for again; getting them back page
-    by page took a tenth of the step. Linux with glibc only; elsewhere nothing happens.
+    by page takes a good part of the step. Linux with glibc only; elsewhere nothing happens.
 
     Returns:
         Whether it was done.

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowaug.checkpoint import pack, write_atomic
+from flowaug.checkpoint import pack, temporary_name, write_atomic
 
 _TENSOR = "__tensor__"
 
@@ -93,3 +93,9 @@ class Run:
         for part, values in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(values)
         return state["step"]
+
+    @staticmethod
+    def discard(path: Path) -> None:
+        """Remove the state of a run that has ended, and what a kill in the middle of writing one left."""
+        for leftover in (path, temporary_name(path)):
+            leftover.unlink(missing_ok=True)

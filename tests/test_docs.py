@@ -14,6 +14,7 @@ import flowaug
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+ENGINE = (ROOT / "docs" / "engine.md").read_text()
 MODULES = [m.name for m in pkgutil.walk_packages(flowaug.__path__, "flowaug.")]
 
 
@@ -27,7 +28,7 @@ def test_there_are_docstring_examples():
     assert count > 20
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README + ENGINE, re.S))
 def test_readme_code_runs(code):
     exec(compile(code, "README.md", "exec"), {})
 
