@@ -37,7 +37,7 @@ def test_registered_flows_are_exact(name):
     flow = narrow_flow(name)
     x = events(flow, 2)
     z, ladj = flow.encode(x)
-    assert (z - narrow_flow(name, noise=0).encode(x)[0]).abs().mean() > 0.03  # the parameters do something
+    assert (z - narrow_flow(name, noise=0).encode(x)[0]).abs().mean() > 0.05  # the parameters do something
     torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-10)
     torch.testing.assert_close(ladj[:1], jacobian_ladj(flow.encode, x[:1]), rtol=0, atol=1e-9)
 

@@ -185,8 +185,7 @@ def test_half_mode(photos, flow, pca):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_images(photos, flow, pca, dtype):
     options, _ = mixing(True)
-    images = loader(photos, img_dtype=dtype, re_prob=1.0, **options)
-    wrapped, _ = wrap_loader(images, None, (flow, pca), CONFIG, p=1.0, max_outside=1.0)
+    wrapped, _ = wrap_loader(loader(photos, img_dtype=dtype, re_prob=1.0, **options), None, (flow, pca), CONFIG, p=1.0)
     x, y = next(iter(wrapped))
     assert x.dtype == dtype
     assert y.dtype == torch.float32

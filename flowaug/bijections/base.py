@@ -30,17 +30,16 @@ class Bijection(nn.Module):
 class Conditioned(Bijection):
     """A bijection with a network in it, which takes nearly all of its time and memory.
 
-    Args:
-        conditioner: the network; computes in the dtype of its input.
-
     Attributes:
+        conditioner: the network, set by the class; computes in the dtype of its input.
         conditioner_dtype: dtype to run the network in, None for that of the events.
         recompute: keep only the events for the backward pass and run the network again there.
     """
 
-    def __init__(self, conditioner: nn.Module):
+    conditioner: nn.Module
+
+    def __init__(self):
         super().__init__()
-        self.conditioner = conditioner
         self.conditioner_dtype: torch.dtype | None = None
         self.recompute = False
 

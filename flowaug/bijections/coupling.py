@@ -39,15 +39,19 @@ class BoundedParameters(nn.Module):
         self.reshift = nn.Parameter(start[:, None, None].clone())
         self.bound = bound
 
+    def _clamped(self) -> tuple[Tensor, Tensor]:
+        limits = 0.75 * self.bound, 0.25 * self.bound
+        return tuple(p.clamp(-limit, limit) for p, limit in zip((self.rescale, self.reshift), limits, strict=True))
+
     def largest_norm(self) -> Tensor:
         """The Frobenius norm that no result exceeds with the present parameters."""
-        rescale, reshift = self.rescale.abs(), self.reshift.abs()
-        return (rescale.clamp(max=0.75 * self.bound) + reshift.clamp(max=0.25 * self.bound)).norm()
+        rescale, reshift = self._clamped()
+        return (rescale.abs() + reshift.abs()).norm()
 
     def forward(self, raw: Tensor) -> Tensor:
         """Map raw conditioner outputs (B, count, H, W) to bounded parameters of the same shape."""
-        rescale = self.rescale.clamp(-0.75 * self.bound, 0.75 * self.bound)
-        return torch.tanh(raw) * rescale + self.reshift.clamp(-0.25 * self.bound, 0.25 * self.bound)
+        rescale, reshift = self._clamped()
+        return torch.tanh(raw) * rescale + reshift
 
 
 class AdditiveTransform(nn.Module):
@@ -246,9 +250,9 @@ class Coupling(Conditioned):
     """
 
     def __init__(self, channels: int, kind: str, make_conditioner: Callable[[int, int], nn.Module]):
-        transform = make_transform(kind, channels // 2)
-        super().__init__(make_conditioner(channels - channels // 2, transform.num_raw))
-        self.transform = transform
+        super().__init__()
+        self.transform = make_transform(kind, channels // 2)
+        self.conditioner = make_conditioner(channels - channels // 2, self.transform.num_raw)
 
     def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to the same shape."""

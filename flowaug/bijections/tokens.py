@@ -49,10 +49,11 @@ class TokenCoupling(Conditioned):
     def __init__(
         self, order: Tensor, dim: int, make_conditioner: Callable[[int, int], nn.Module], tokens: tuple[int, int]
     ):
-        super().__init__(make_conditioner(tokens[1] // 2, tokens[1]))
+        super().__init__()
         self.register_buffer("order", order.clone())
         self.register_buffer("restore", torch.argsort(order))
         self.dim, self.half_shape = dim, (tokens[0], tokens[1] // 2)
+        self.conditioner = make_conditioner(tokens[1] // 2, tokens[1])
 
     def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map tokens (B, n, k) to the same shape."""
