@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors gain
 import pytest
 import torch
 
-from flowaug import ClasswisePCA, GaussianParameters, create_flow
+from flowaug import ClasswisePCA, GaussianParameters, create_flow, state
 
 NAMES = ("ant", "bee", "cat")
 
@@ -30,6 +30,31 @@ def make_pca(flow, per_class=12, rank=4, seed=1):
     x = torch.rand(flow.gaussians.num_classes, per_class, *flow.event_shape, generator=generator)
     with torch.no_grad():
         return ClasswisePCA.fit([flow.encode(images)[0] for images in x], rank)
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two steps."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """``killed_at(step, main, options)``: run a script until it has saved that step; returns the steps saved."""
+
+    def run(step, main, options):
+        saved, original = [], state.save_state
+
+        def save_then_die(path, values):
+            original(path, values)
+            saved.append(values["step"])
+            if values["step"] == step:
+                raise Killed
+
+        monkeypatch.setattr(state, "save_state", save_then_die)
+        with pytest.raises(Killed):
+            main(options)
+        return saved
+
+    return run
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_flow
-from flowaug import load_flow, state
+from flowaug import load_flow
 from flowaug.checkpoint import WEIGHTS
 from flowaug.fitting import ImageTable
 from flowaug.schedule import split_by_class
@@ -55,22 +55,9 @@ def test_fixed_point_keeps_unit_variances(tmp_path):
     assert metrics["class_gaussians"]["converged"]
 
 
-class Killed(BaseException):
-    """Stands for a process that ends between two steps."""
-
-
-def test_glem_resumes_to_the_same_weights(tmp_path, monkeypatch):
+def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
     run(tmp_path / "whole", *GLEM)
-    original = state.save_state
-
-    def save_then_die(path, values):
-        original(path, values)
-        if values["step"] == 3:
-            raise Killed
-
-    monkeypatch.setattr(state, "save_state", save_then_die)
-    with pytest.raises(Killed):
-        run(tmp_path / "cut", *GLEM, "--save-every", "1")
+    killed_at(3, lambda options: run(tmp_path / "cut", *options), [*GLEM, "--save-every", "1"])
     run(tmp_path / "cut", *GLEM, "--save-every", "1")
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 

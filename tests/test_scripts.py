@@ -64,25 +64,10 @@ def test_same_seed_same_flow(photos, trained, tmp_path):
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
 
 
-class Killed(BaseException):
-    """Stands for a process that ends between two steps."""
-
-
-def test_a_killed_run_resumes_to_the_same_weights(photos, trained, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights(photos, trained, tmp_path, killed_at):
     options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", "--save-every", "1", *QUICK_FLOW]
     options += ["--output", str(tmp_path / "cut")]
-    saved = []
-
-    def save_then_die(path, values):
-        original(path, values)
-        saved.append(values["step"])
-        if values["step"] == 4:
-            raise Killed
-
-    original = state.save_state
-    monkeypatch.setattr(state, "save_state", save_then_die)
-    with pytest.raises(Killed):
-        train_flow.main(options)
+    saved = killed_at(4, train_flow.main, options)
     train_flow.main(options)
     assert saved == [1, 2, 3, 4, 5, 6]  # the second run went on from step 4
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
@@ -99,21 +84,11 @@ def test_finetune_on_a_folder_with_a_named_flow(photos, trained, tmp_path, capsy
     assert {"model.safetensors", "augmented.png", "curves.png", "metrics.jsonl"} <= {p.name for p in output.iterdir()}
 
 
-def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path, monkeypatch):
+def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path, killed_at):
     extras = ["--flow-aug", str(trained), "--mixup", "0.2", "--reprob", "0.5", "--hflip", "0.5", "--save-every", "1"]
     options = ["--data-dir", str(photos), *extras, *QUICK, "--steps", "5", "--batch-size", "10"]  # two steps an epoch
     finetune.main([*options, "--output", str(tmp_path / "whole")])
-    original = state.save_state
-
-    def save_then_die(path, values):
-        original(path, values)
-        if values["step"] == 3:
-            raise Killed
-
-    monkeypatch.setattr(state, "save_state", save_then_die)
-    with pytest.raises(Killed):
-        finetune.main([*options, "--output", str(tmp_path / "cut")])
-    monkeypatch.setattr(state, "save_state", original)
+    assert killed_at(3, finetune.main, [*options, "--output", str(tmp_path / "cut")]) == [1, 2, 3]
     (tmp_path / "cut" / ".state.safetensors.tmp").write_bytes(b"half")  # as a kill in the middle of writing leaves
     finetune.main([*options, "--workers", "1", "--output", str(tmp_path / "cut")])
     for name in ("model.safetensors", "metrics.jsonl"):
