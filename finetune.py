@@ -35,7 +35,7 @@ from flowaug.data import create_loader, load_dataset
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
 from flowaug.mixup import PARTNERS
-from flowaug.recipes import add_data_options, classifier_recipe, fill_in
+from flowaug.recipes import add_data_options, classifier_recipe, deciding_options, fill_in
 from flowaug.report import MetricsLog, RunningMean, draw_augmented, one_per_class
 from flowaug.state import Run
 
@@ -205,11 +205,10 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     hard_loss = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     criterion = SoftTargetCrossEntropy() if pipeline.mixup else hard_loss
     model = model.to(device)
-    log, state_path = MetricsLog(args.output, accelerator.is_main_process), args.output / "state.safetensors"
-    mean_loss = RunningMean(device)
+    log, mean_loss = MetricsLog(args.output, accelerator.is_main_process), RunningMean(device)
     parts = (model, optimizer, log, mean_loss, flow_mixup)
-    run = Run(recipe_of(args), *(part for part in parts if part is not None))
-    start = run.restore(state_path) if args.resume == "auto" else 0
+    run = Run(args.output, recipe_of(args), *(part for part in parts if part is not None))
+    start = run.restore() if args.resume == "auto" else 0
     model, optimizer = accelerator.prepare(model, optimizer)
     bar = tqdm(total=steps, initial=start, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     began = time.time()
@@ -229,9 +228,9 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
             values = accuracy(model, val_loader, pipeline, device, accelerator.reduce)
             log.write(step + 1, {"train_loss": mean_loss.value, **values}, bar)
         if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
-            run.save(state_path, step + 1)
+            run.save(step + 1)
     bar.close()
-    return finish(args, accelerator, model, log, flow_mixup, val_set, time.time() - began)
+    return finish(args, accelerator, run, model, log, flow_mixup, val_set, time.time() - began)
 
 
 def seed_step(seed: int, step: int, rank: int, flow_mixup: FlowMixupTransform | None) -> None:
@@ -243,12 +242,10 @@ def seed_step(seed: int, step: int, rank: int, flow_mixup: FlowMixupTransform | 
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the classifier."""
-    skip = ("output", "resume", "save_every", "cpu", "workers")
-    recipe = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
-    return recipe | {"scale": list(args.scale), "ratio": list(args.ratio)}
+    return deciding_options(args, skip=("output", "resume", "save_every", "cpu", "workers"))
 
 
-def finish(args, accelerator, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:
+def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:
     """Write weights, curves, the before/after grid and the summary."""
     if accelerator.is_main_process:
         write_atomic(args.output / "model.safetensors", pack(accelerator.unwrap_model(model).state_dict()))
@@ -256,7 +253,7 @@ def finish(args, accelerator, model, log: MetricsLog, flow_mixup, dataset, secon
         if flow_mixup is not None:
             log.note("flow_aug", flow_mixup.counts)
             draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
-        Run.discard(args.output / "state.safetensors")
+        run.discard()
     return log.finish(model=args.model, seconds=round(seconds, 1), steps=log.last["step"])
 
 

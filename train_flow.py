@@ -25,10 +25,10 @@ from flowaug.data import load_dataset, stack_images
 from flowaug.fitting import ImageTable, evaluate, fit_pca, random_hflip, random_shift
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import batches
-from flowaug.recipes import add_data_options, fill_in, flow_recipe
+from flowaug.recipes import add_data_options, deciding_options, fill_in, flow_recipe
 from flowaug.report import MetricsLog, write_flow_folder
 from flowaug.schedule import (
-    GLEM_DEFAULTS,
+    ESTIMATOR_DEFAULTS,
     GaussianSchedule,
     add_gaussian_options,
     check_gaussian_options,
@@ -80,16 +80,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.dataset = args.dataset or (None if args.data_dir else "digits")
     check_gaussian_options(args)
-    if args.estimator == "glem":
-        args.kld_weight = GLEM_DEFAULTS["kld_weight"] if args.kld_weight is None else args.kld_weight
+    fill_in(args, ESTIMATOR_DEFAULTS.get(args.estimator, {}))
     fill_in(args, flow_recipe(args.dataset))
     return args
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the trained flow."""
-    skip = ("output", "resume", "save_every", "cpu", "eval_every", "recompute")
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in skip}
+    return deciding_options(args, skip=("output", "resume", "save_every", "cpu", "eval_every", "recompute"))
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -116,11 +114,11 @@ def load_tables(args: argparse.Namespace, accelerator: Accelerator):
 def training_batches(phases: list[tuple[ImageTable, int]], args: argparse.Namespace, start: int):
     """Batches of every phase (images, steps) in turn, epoch by epoch, from step ``start`` on."""
     for table, steps in phases:
-        yield from itertools.islice(endless_batches(table, args), min(start, steps), steps)
+        yield from itertools.islice(every_epoch(table, args), min(start, steps), steps)
         start = max(0, start - steps)
 
 
-def endless_batches(table: ImageTable, args: argparse.Namespace):
+def every_epoch(table: ImageTable, args: argparse.Namespace):
     """Shuffled batches, epoch after epoch."""
     size, place = min(args.batch_size, len(table) // table.world_size), (table.rank, table.world_size)
     for epoch in itertools.count():
@@ -164,10 +162,10 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     averaged = ModelEmaV3(flow, decay=args.ema_decay, use_warmup=True)
     flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
-    log, state_path = MetricsLog(args.output, main), args.output / "state.safetensors"
+    log = MetricsLog(args.output, main)
     schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
-    run = Run(recipe_of(args), flow, averaged, optimizer, log, schedule)
-    start = run.restore(state_path) if args.resume == "auto" else 0
+    run = Run(args.output, recipe_of(args), flow, averaged, optimizer, log, schedule)
+    start = run.restore() if args.resume == "auto" else 0
     model, generator = accelerator.prepare(flow), torch.Generator(device)
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     began = time.time()
@@ -189,7 +187,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
             values = evaluate(averaged.module, val, device, accelerator.reduce)
             log.write(step + 1, {"train_bits_per_dim": loss.item(), **values}, bar)
         if (step + 1) % args.save_every == 0 and main:
-            run.save(state_path, step + 1)
+            run.save(step + 1)
         bar.update()
     bar.close()
     final = averaged.module.eval()
@@ -197,7 +195,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     log.note("train_seconds", round(time.time() - began, 1))
     if main:
         write_flow_folder(args.output, final, pca, dataset, table, val, recipe_of(args), log)
-        run.discard(state_path)
+        run.discard()
     accelerator.wait_for_everyone()
     return args.output
 

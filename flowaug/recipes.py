@@ -120,6 +120,17 @@ def fill_in(options, recipe: dict) -> None:
             setattr(options, name, value)
 
 
+def deciding_options(options, skip: tuple[str, ...]) -> dict:
+    """Options of a command line as JSON values, without those in ``skip``, which decide no number."""
+    return {name: _as_json(value) for name, value in vars(options).items() if name not in skip}
+
+
+def _as_json(value):
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def add_data_options(parser: argparse.ArgumentParser):
     """Add the options that say which images to train on, which both scripts share; returns their group."""
     group = parser.add_argument_group("data (default: the embedded digits)")

@@ -31,7 +31,7 @@ USES = {  # which options each estimator reads; any other that is given is an er
 }
 DEFAULTS = {"kld_alpha": 10.0, "kld_pi": "pair", "learn": "means", "isotropic": False, "lr_policy": "linear"}
 DEFAULTS |= {"gaussian_lr": 0.1, "glem_share": 0.1, "glem_steps": 100, "glem_start": "zero", "clamp_variances": False}
-GLEM_DEFAULTS = {"kld_weight": 50.0, "learn": "both"}
+ESTIMATOR_DEFAULTS = {"glem": {"kld_weight": 50.0, "learn": "both"}}  # before recipe and DEFAULTS
 
 
 def add_gaussian_options(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +69,9 @@ def check_gaussian_options(args: argparse.Namespace) -> None:
 
 def settle_gaussian_options(args: argparse.Namespace) -> None:
     """Fill in what the estimator reads and neither command line nor recipe gave, in place; the rest becomes None."""
-    defaults = DEFAULTS | (GLEM_DEFAULTS if args.estimator == "glem" else {})
     for name in set().union(*USES.values()):
         value = getattr(args, name)
-        value = defaults.get(name) if value is None else value
+        value = DEFAULTS.get(name) if value is None else value
         setattr(args, name, value if name in USES[args.estimator] else None)
     if args.estimator in ("fpi", "gradient"):
         args.variance = args.variance or ("unit" if args.learn == "means" else "data")

@@ -65,37 +65,39 @@ class Run:
     """The parts of a training that change from step to step, saved and restored together.
 
     Args:
+        folder: the run's output folder; the state is a file in it.
         recipe: the options that decide its numbers; a state of other options is refused.
         *parts: objects with ``state_dict`` and ``load_state_dict``: modules, optimisers, logs.
     """
 
-    def __init__(self, recipe: dict, *parts):
-        self.recipe, self.parts = recipe, parts
+    def __init__(self, folder: Path, recipe: dict, *parts):
+        self.path, self.recipe, self.parts = folder / "state.safetensors", recipe, parts
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, step: int) -> None:
         """Write the state after ``step`` steps, atomically."""
-        save_state(path, {"step": step, "recipe": self.recipe, "parts": [part.state_dict() for part in self.parts]})
+        parts = [part.state_dict() for part in self.parts]
+        save_state(self.path, {"step": step, "recipe": self.recipe, "parts": parts})
 
-    def restore(self, path: Path) -> int:
+    def restore(self) -> int:
         """Load a state in place, if there is one, and return the step to go on from.
 
         Raises:
             ValueError: the state is damaged, or of a run with other options.
         """
-        if not path.is_file():
+        if not self.path.is_file():
             return 0
-        state = load_state(path)
+        state = load_state(self.path)
         differ = sorted(k for k in self.recipe if self.recipe[k] != state["recipe"].get(k))
         if differ:
             raise ValueError(
-                f"{path} is of a run with other options ({', '.join(differ)}); use --resume never or another --output"
+                f"{self.path} is of a run with other options ({', '.join(differ)}); use --resume never or another "
+                "--output"
             )
         for part, values in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(values)
         return state["step"]
 
-    @staticmethod
-    def discard(path: Path) -> None:
+    def discard(self) -> None:
         """Remove the state of a run that has ended, and what a kill in the middle of writing one left."""
-        for leftover in (path, temporary_name(path)):
+        for leftover in (self.path, temporary_name(self.path)):
             leftover.unlink(missing_ok=True)
