@@ -57,22 +57,25 @@ class ClasswisePCA(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, latents: Iterable[Tensor], rank: int) -> ClasswisePCA:
+    def fit(cls, latents: Iterable[Tensor], rank: int, partners: int | None = None) -> ClasswisePCA:
         """Exact PCA of each class, one class in memory at a time.
 
         Args:
             latents: K tensors `(N_y, D)`, the latents of class 0, 1, …; a generator will do.
             rank: axes per class, R. A class of fewer than R + 1 samples is padded with zeros.
+            partners: samples per class, evenly spread over it, whose coordinates are kept; None for all.
 
         Raises:
             ValueError: naming the class that is empty, has non-finite latents or another dimension.
         """
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
+        if partners is not None and partners < 1:
+            raise ValueError(f"partners must be at least 1, got {partners}; None keeps all")
         parts: list[list[Tensor]] = [[], [], [], []]
         for label, z in enumerate(latents):
             _check_class(z, label, dim=parts[2][0].shape[0] if label else None)
-            for part, tensor in zip(parts, _fit_class(z, rank, label), strict=True):
+            for part, tensor in zip(parts, _fit_class(z, rank, label, partners), strict=True):
                 part.append(tensor)
         if not parts[0]:
             raise ValueError("no class to fit: `latents` yielded nothing")
@@ -176,13 +179,15 @@ class ClasswisePCA(nn.Module):
         return y[:, None] * self.rank + torch.arange(rank, device=y.device)
 
 
-def _fit_class(z: Tensor, rank: int, label: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fit_class(z: Tensor, rank: int, label: int, partners: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Axes `(R, D)`, variances `(R,)`, mean `(D,)` and half-precision coordinates `(N, R)` of one class."""
     wide = z.to(torch.float64)
     mean = wide.mean(0)
     centred = wide - mean
     axes, variance = _principal_axes(centred, rank)
-    coords = (centred @ axes.T).to(torch.float16)
+    kept = len(z) if partners is None else min(partners, len(z))
+    rows = torch.arange(kept, device=z.device) * len(z) // kept
+    coords = (centred[rows] @ axes.T).to(torch.float16)
     if not torch.isfinite(coords).all():
         raise ValueError(f"coordinates of class {label} exceed half precision (65504): the latents diverged")
     return axes.float(), variance.float(), mean.float(), coords
