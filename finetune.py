@@ -8,6 +8,7 @@ Options left out come from the recipe of the data set. Labels stay hard and the 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -16,79 +17,34 @@ import time
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.data import Mixup, resolve_data_config
-from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
 import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
-from flowaug.checkpoint import CONFIG, pack, write_atomic
-from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
+from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
+from flowaug.classifier import accuracy, eval_transform, train_transform
 from flowaug.data import create_loader, load_dataset
+from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
-from flowaug.mixup import PARTNERS
-from flowaug.recipes import add_data_options, classifier_recipe, deciding_options, fill_in
+from flowaug.options import check_disagreements, classifier_parser
+from flowaug.plan import classifier_plan
+from flowaug.recipes import classifier_recipe, deciding_options, fill_in
 from flowaug.report import MetricsLog, RunningMean, draw_augmented, one_per_class
 from flowaug.state import Run
+from flowaug.trackers import create_accelerator, start_tracking
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; options left out come from the recipe of the data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = add_data_options(parser)
-    data.add_argument("--workers", type=int, default=0, help="loader processes")
-    model = parser.add_argument_group("classifier")
-    model.add_argument("--model", help="any timm model")
-    model.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help="start from timm's weights")
-    model.add_argument("--img-size", type=int, help="input height and width; default: the model's own")
-    flow = parser.add_argument_group("flow augmentation")
-    flow.add_argument(
-        "--flow-aug",
-        nargs="?",
-        const="auto",
-        metavar="FLOW",
-        help="augment with a flow: a folder or bundled name; no name: the data set's own, trained first if need be",
-    )
-    flow.add_argument("--flow-aug-p", type=float, help="share of the images that are augmented")
-    flow.add_argument("--flow-aug-alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")
-    flow.add_argument("--flow-aug-partner", default="bank", choices=PARTNERS, help="where partners come from")
-    flow.add_argument("--flow-aug-rank", type=int, help="leading class axes to move along; default: all fitted")
-    augment = parser.add_argument_group("other augmentation")
-    augment.add_argument("--scale", type=float, nargs=2, help="random resized crop: range of the area")
-    augment.add_argument("--ratio", type=float, nargs=2, help="random resized crop: range of the aspect ratio")
-    augment.add_argument("--hflip", type=float, help="probability of a mirror image")
-    augment.add_argument("--aa", help="timm auto-augment policy, for example rand-m9-mstd0.5-inc1")
-    augment.add_argument("--color-jitter", type=float, help="strength of colour jitter")
-    augment.add_argument("--reprob", type=float, default=0.0, help="probability of RandomErasing")
-    augment.add_argument("--mixup", type=float, default=0.0, help="alpha of timm's Mixup")
-    augment.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix")
-    augment.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
-    training = parser.add_argument_group("training")
-    length = training.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int, help="passes over the data")
-    length.add_argument("--steps", type=int, help="optimiser steps, whatever the size of the data")
-    training.add_argument("--batch-size", type=int, help="images per step and process")
-    training.add_argument("--opt", help="timm optimiser")
-    training.add_argument("--lr", type=float, help="peak learning rate, cosine schedule")
-    training.add_argument("--weight-decay", type=float, help="weight decay")
-    training.add_argument("--warmup-share", type=float, help="share of the steps that warm up")
-    training.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm")
-    training.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation")
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder to write to")
-    run.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from a killed run in --output")
-    run.add_argument("--save-every", type=int, default=1000, help="steps between states that a killed run resumes from")
-    run.add_argument("--cpu", action="store_true", help="stay on the CPU")
-    args = parser.parse_args(argv)
+    args = classifier_parser(__doc__).parse_args(argv)
     args.dataset = args.dataset or (None if args.data_dir else "digits")
+    check_disagreements(args)
     fill_in(args, _recipe(args))
     return args
 
@@ -104,14 +60,9 @@ def _recipe(args: argparse.Namespace) -> dict:
 
 def find_flow(args: argparse.Namespace, dataset, accelerator: Accelerator) -> str | Path:
     """The flow to use: the one named, the data set's bundled one, or one trained now and kept beside the outputs."""
-    if args.flow_aug != "auto":
-        return args.flow_aug
-    if args.dataset in list_pretrained() and args.images_per_class is None:
-        return args.dataset
-    options = train_flow.parse_args(_data_options(args))
-    identity = {"data": dataset.fingerprint(), "recipe": train_flow.recipe_of(options)}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    options.output = args.output.parent / "flows" / f"{dataset.name}-{key}"
+    if source := named_flow(args):
+        return source
+    options = flow_options(args, dataset)
     if (options.output / CONFIG).is_file():
         accelerator.print(f"using the flow trained for this data earlier: {options.output}")
         return options.output
@@ -119,37 +70,38 @@ def find_flow(args: argparse.Namespace, dataset, accelerator: Accelerator) -> st
     return train_flow.train(options, accelerator)
 
 
+def named_flow(args: argparse.Namespace) -> str | None:
+    """The flow that --flow-aug names or the data set's bundled one; None if one is to be trained."""
+    if args.flow_aug != "auto":
+        return args.flow_aug
+    return args.dataset if args.dataset in list_pretrained() and args.images_per_class is None else None
+
+
+def flow_options(args: argparse.Namespace, dataset) -> argparse.Namespace:
+    """Options of ``train_flow.py`` for the data set's own flow; its folder is named after data and options."""
+    options = train_flow.parse_args(_data_options(args))
+    identity = {"data": dataset.fingerprint(), "recipe": train_flow.recipe_of(options)}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    options.output = args.output.parent / "flows" / f"{dataset.name}-{key}"
+    return options
+
+
+def describe_flow(args: argparse.Namespace, dataset) -> str:
+    """What --flow-aug comes to, for --dry-run."""
+    if not args.flow_aug:
+        return "none"
+    if source := named_flow(args):
+        config = read_config(source)
+        return f"{source}, {config['architecture']} for images {tuple(config['event_shape'])}"
+    options = flow_options(args, dataset)
+    trained = (options.output / CONFIG).is_file()
+    return f"{options.output}" + ("" if trained else f", trained first: {options.model}, {options.steps} steps at most")
+
+
 def _data_options(args: argparse.Namespace) -> list[str]:
     names = ("dataset", "data_dir", "images_per_class", "subset_seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-
-
-def create_classifier(args: argparse.Namespace, num_classes: int, channels: int):
-    """Build the timm model and its data configuration."""
-    if not timm.is_model(timm.models.parse_model_name(args.model)[1].split(".")[0]) and ":" not in args.model:
-        close = ", ".join(timm.list_models(f"*{args.model.split('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise ValueError(f"timm has no model {args.model!r}; models of a like name: {close}")
-    size = {"img_size": args.img_size} if args.img_size and _takes_img_size(args.model) else {}
-    pretrained = timm.models.is_model_pretrained(args.model) if args.pretrained is None else args.pretrained
-    model = timm.create_model(args.model, pretrained=pretrained, num_classes=num_classes, in_chans=channels, **size)
-    options = {"img_size": args.img_size} if args.img_size else {}
-    config = resolve_data_config(options, model=model)
-    side = config["input_size"][-1]
-    mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
-    return model, ((channels, side, side), mean, std)
-
-
-def _takes_img_size(name: str) -> bool:
-    prefixes = ("vit", "deit", "eva", "swin", "beit", "cait", "xcit", "mixer", "maxvit", "coat", "test_vit")
-    return name.split(":")[-1].startswith(prefixes)
-
-
-def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """Build timm's Mixup and CutMix, or None when neither is asked for."""
-    if not (args.mixup or args.cutmix):
-        return None
-    return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
 
 
 def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator) -> FlowMixupTransform | None:
@@ -163,6 +115,7 @@ def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator)
         alpha=args.flow_aug_alpha,
         partner=args.flow_aug_partner,
         rank=args.flow_aug_rank,
+        policy=args.flow_aug_policy,
         class_names=dataset.class_names,
         seed=args.seed,
         process_index=accelerator.process_index,
@@ -177,83 +130,115 @@ def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, i
     batch = min(args.batch_size, len(train_set) // accelerator.num_processes)
     options = (args.seed, args.workers, *place)
     transform = train_transform(size, input_size[0], args)
-    train = create_loader(train_set, transform, batch, True, *options, drop_last=True)
+    train = create_loader(train_set, transform, batch, True, *options, drop_last=True, copies=args.dataset_copies)
     return train, create_loader(val_set, eval_transform(size), batch, False, *options)
 
 
-def create_schedule(args: argparse.Namespace, optimizer, steps: int):
-    """Cosine schedule with warm-up; what timm calls an epoch is one step here."""
-    warmup = {"warmup_epochs": int(args.warmup_share * steps), "warmup_lr": args.lr / 100}
-    return create_scheduler_v2(optimizer, sched="cosine", num_epochs=steps, step_on_epochs=True, **warmup)[0]
-
-
-def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """Train, evaluate, write the folder; returns the summary."""
-    train_set = load_dataset(args.dataset, args.data_dir, "train", args.images_per_class, args.subset_seed)
-    val_set = load_dataset(args.dataset, args.data_dir, "val")
-    num_classes, device = len(train_set.class_names), accelerator.device
+def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
+    """Train, evaluate, write the folder; returns the summary (None after --dry-run)."""
+    sets = load_sets(args)
+    num_classes, device = len(sets[0].class_names), accelerator.device
     set_seed(args.seed)
-    model, (input_size, mean, std) = create_classifier(args, num_classes, train_set.channels)
-    flow_mixup = load_flow_mixup(args, train_set, accelerator)
-    erasing = RandomErasing(args.reprob, mode="pixel", device=str(device)) if args.reprob else None
-    pipeline = BatchPipeline(input_size, mean, std, flow_mixup, create_mixup(args, num_classes), erasing).to(device)
-    train_loader, val_loader = create_loaders(args, (train_set, val_set), input_size, accelerator)
-    steps = args.steps or args.epochs * len(train_loader)
-    eval_every = len(train_loader) * max(1, math.ceil(steps / len(train_loader)) // 10)
-    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+    model, spec = create_classifier(args, num_classes, sets[0].channels)
+    train_loader, val_loader = create_loaders(args, sets, spec[0], accelerator)
+    per_epoch = max(1, len(train_loader) // args.grad_accum_steps)
+    steps = args.steps or args.epochs * per_epoch
+    if args.dry_run:
+        flow = describe_flow(args, sets[0])
+        accelerator.print(classifier_plan(args, model, spec[0], sets, steps, flow, accelerator))
+        return None
+    flow_mixup = load_flow_mixup(args, sets[0], accelerator)
+    pipeline = create_pipeline(args, spec, flow_mixup, num_classes, device)
+    optimizer = create_optimizer(args, model)
     scheduler = create_schedule(args, optimizer, steps)
     hard_loss = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     criterion = SoftTargetCrossEntropy() if pipeline.mixup else hard_loss
-    model = model.to(device)
-    log, mean_loss = MetricsLog(args.output, accelerator.is_main_process), RunningMean(device)
-    parts = (model, optimizer, log, mean_loss, flow_mixup)
+    model = model.to(device, memory_format=memory_format(args))
+    averaged = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
+    log = MetricsLog(args.output, accelerator.is_main_process, start_tracking(accelerator, "finetune", recipe_of(args)))
+    mean_loss = RunningMean(device)
+    parts = (model, averaged, optimizer, accelerator.scaler, log, mean_loss, flow_mixup)
     run = Run(args.output, recipe_of(args), *(part for part in parts if part is not None))
     start = run.restore() if args.resume == "auto" else 0
+    if args.torchcompile:
+        model.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
+    stream = endless_batches(train_loader, start * args.grad_accum_steps)
     bar = tqdm(total=steps, initial=start, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
     began = time.time()
     model.train()
-    for step, (x, y) in zip(range(start, steps), endless_batches(train_loader, start), strict=False):
-        seed_step(args.seed, step, accelerator.process_index, flow_mixup)
-        scheduler.step(step)
-        x, y = pipeline.train(x.to(device), y.to(device))
-        loss = criterion(model(x), y)
-        accelerator.backward(loss)
+    for step in range(start, steps):
+        epoch = step // per_epoch
+        scheduler.step(epoch * per_epoch if args.sched_on_epochs else step)
+        for part in range(args.grad_accum_steps):
+            seed_step(args.seed, step, part, accelerator.process_index, flow_mixup)
+            x, y = (tensor.to(device) for tensor in next(stream))
+            x, y = pipeline.train(x, y, epoch)
+            with gradients(accelerator, model, last=part + 1 == args.grad_accum_steps):
+                loss = criterion(model(x.contiguous(memory_format=memory_format(args))), y)
+                accelerator.backward(loss / args.grad_accum_steps)
+            mean_loss.update(loss.detach())
         accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        mean_loss.update(loss.detach())
+        if averaged is not None:
+            averaged.update(accelerator.unwrap_model(model), step=step)
         bar.update()
-        if (step + 1) % eval_every == 0 or step + 1 == steps:
-            values = accuracy(model, val_loader, pipeline, device, accelerator.reduce)
+        if (step + 1) % evaluation_steps(steps, per_epoch) == 0 or step + 1 == steps:
+            judged = model if averaged is None else averaged.module
+            values = accuracy(judged, val_loader, pipeline, device, accelerator.reduce)
             log.write(step + 1, {"train_loss": mean_loss.value, **values}, bar)
         if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
             run.save(step + 1)
     bar.close()
-    return finish(args, accelerator, run, model, log, flow_mixup, val_set, time.time() - began)
+    final = accelerator.unwrap_model(model) if averaged is None else averaged.module
+    return finish(args, accelerator, run, final, log, flow_mixup, sets[1], time.time() - began)
 
 
-def seed_step(seed: int, step: int, rank: int, flow_mixup: FlowMixupTransform | None) -> None:
-    """Make dropout, mixing and erasing of a step depend on its number alone, so that a resumed run repeats them."""
-    set_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1)[0]))
+def load_sets(args: argparse.Namespace):
+    """Training and val images."""
+    train = load_dataset(args.dataset, args.data_dir, "train", args.images_per_class, args.subset_seed)
+    return train, load_dataset(args.dataset, args.data_dir, "val")
+
+
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    """Memory format of the classifier and its input."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def gradients(accelerator: Accelerator, model, last: bool):
+    """Context of one forward and backward pass: processes meet in the last pass of a step only."""
+    return contextlib.nullcontext() if last else accelerator.no_sync(model)
+
+
+def evaluation_steps(steps: int, per_epoch: int) -> int:
+    """Steps between evaluations: whole epochs, ten times in all at most."""
+    return per_epoch * max(1, math.ceil(steps / per_epoch) // 10)
+
+
+def seed_step(seed: int, step: int, part: int, rank: int, flow_mixup: FlowMixupTransform | None) -> None:
+    """Make what is random in a forward pass depend on its number alone, so that a resumed run repeats it."""
+    numbers = (rank, step) if part == 0 else (rank, step, part)
+    set_seed(int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0]))
     if flow_mixup is not None:
-        flow_mixup.reseed(seed, rank, step)
+        flow_mixup.reseed(seed, *numbers)
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the classifier."""
-    return deciding_options(args, skip=("output", "resume", "save_every", "cpu", "workers"))
+    return deciding_options(args, skip=("output", "resume", "save_every", "cpu", "workers", "log_with", "dry_run"))
 
 
 def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:
     """Write weights, curves, the before/after grid and the summary."""
     if accelerator.is_main_process:
-        write_atomic(args.output / "model.safetensors", pack(accelerator.unwrap_model(model).state_dict()))
+        write_atomic(args.output / "model.safetensors", pack(model.state_dict()))
         log.plot(["train_loss", "top1"], f"{args.model} on {dataset.name}")
         if flow_mixup is not None:
             log.note("flow_aug", flow_mixup.counts)
             draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
         run.discard()
+    accelerator.end_training()
     return log.finish(model=args.model, seconds=round(seconds, 1), steps=log.last["step"])
 
 
@@ -270,8 +255,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(argv)
         keep_freed_memory()
-        accelerator = Accelerator(cpu=args.cpu)
+        accelerator = create_accelerator(args)
         summary = finetune(args, accelerator)
+        if summary is None:
+            return
         accelerator.print(
             f"test accuracy {summary['top1']:.4f} (top-5 {summary['top5']:.4f}) on {summary['images']} images"
         )

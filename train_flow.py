@@ -17,69 +17,33 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
-from flowaug import create_flow, list_flows
-from flowaug.data import load_dataset, stack_images
-from flowaug.fitting import ImageTable, evaluate, fit_pca, random_hflip, random_shift
+from flowaug import create_flow
+from flowaug.classifier import train_transform
+from flowaug.data import create_loader, load_dataset, stack_images
+from flowaug.fitting import AveragedFlow, ImageTable, evaluate, fit_pca, random_hflip, random_shift, reduced
 from flowaug.host import keep_freed_memory
-from flowaug.loaders import batches
-from flowaug.recipes import add_data_options, deciding_options, fill_in, flow_recipe
-from flowaug.report import MetricsLog, write_flow_folder
-from flowaug.schedule import (
-    ESTIMATOR_DEFAULTS,
-    GaussianSchedule,
-    add_gaussian_options,
-    check_gaussian_options,
-    settle_gaussian_options,
-)
+from flowaug.inherit import settle_init_from, start_from
+from flowaug.loaders import batches, endless_batches
+from flowaug.moments import ClassMoments
+from flowaug.options import flow_parser
+from flowaug.plan import flow_plan
+from flowaug.recipes import deciding_options, fill_in, flow_recipe
+from flowaug.report import MetricsLog, draw_progress, write_flow_folder
+from flowaug.schedule import ESTIMATOR_DEFAULTS, GaussianSchedule, check_gaussian_options, settle_gaussian_options
 from flowaug.state import Run
+from flowaug.trackers import create_accelerator, start_tracking
 
 INIT_BATCH = 512
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; options left out are None until the recipe fills them in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = add_data_options(parser)
-    data.add_argument("--image-size", type=int, help="height and width the flow works at")
-    flow = parser.add_argument_group("flow")
-    flow.add_argument("--model", help=f"architecture: {', '.join(list_flows())}")
-    flow.add_argument("--coupling", choices=("additive", "affine", "matrix_exp"), help="coupling of the architecture")
-    flow.add_argument("--rank", type=int, help="principal axes kept per class")
-    add_gaussian_options(parser)
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, help="optimiser steps")
-    training.add_argument("--max-epochs", type=int, help="fewer steps where --steps would pass the data more often")
-    training.add_argument("--batch-size", type=int, help="images per step and process")
-    training.add_argument("--lr", type=float, help="peak learning rate of Adamax")
-    training.add_argument("--warmup-steps", type=int, help="steps of linear learning-rate warm-up")
-    training.add_argument("--ema-decay", type=float, default=0.998, help="decay of the averaged weights that are saved")
-    training.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm")
-    training.add_argument("--shift", type=int, help="random shift, pixels")
-    training.add_argument("--hflip", type=float, help="probability of a mirror image")
-    training.add_argument(
-        "--conditioner-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="bfloat16: run the networks in half the bits; events, Gaussians and weights stay in float32",
-    )
-    training.add_argument(
-        "--recompute",
-        action="store_true",
-        help="run the networks again in the backward pass: less memory, a third longer",
-    )
-    training.add_argument("--eval-every", type=int, default=500, help="steps between evaluations on the val split")
-    training.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, default=Path("runs/flow"), help="folder to write the flow to")
-    run.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on from a killed run in --output")
-    run.add_argument("--save-every", type=int, default=1000, help="steps between states that a killed run resumes from")
-    run.add_argument("--cpu", action="store_true", help="stay on the CPU")
-    args = parser.parse_args(argv)
+    args = flow_parser(__doc__).parse_args(argv)
     args.dataset = args.dataset or (None if args.data_dir else "digits")
     check_gaussian_options(args)
+    settle_init_from(args)
     fill_in(args, ESTIMATOR_DEFAULTS.get(args.estimator, {}))
     fill_in(args, flow_recipe(args.dataset))
     return args
@@ -87,13 +51,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the trained flow."""
-    return deciding_options(args, skip=("output", "resume", "save_every", "cpu", "eval_every", "recompute"))
+    skip = ("output", "resume", "save_every", "cpu", "eval_every", "recompute", "workers", "log_with", "dry_run")
+    return deciding_options(args, skip)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then linear decay to zero over the last 40 %: the average weights settle."""
-    warm = (step + 1) / max(args.warmup_steps, 1)
-    return args.lr * min(1.0, warm, (args.steps - step) / (0.4 * args.steps))
+    """Linear warm-up, then as --lr-schedule says: the averaged weights settle while it falls."""
+    warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
+    if args.lr_schedule == "halving":
+        return args.lr * warm * 0.5 ** (3 * step // args.steps)
+    return args.lr * min(warm, (args.steps - step) / (0.4 * args.steps))
 
 
 def load_tables(args: argparse.Namespace, accelerator: Accelerator):
@@ -111,23 +78,40 @@ def load_tables(args: argparse.Namespace, accelerator: Accelerator):
     return train, *tables
 
 
-def training_batches(phases: list[tuple[ImageTable, int]], args: argparse.Namespace, start: int):
+def training_batches(phases: list[tuple[torch.Tensor | None, int]], dataset, table: ImageTable, args, start: int):
     """Batches of every phase (images, steps) in turn, epoch by epoch, from step ``start`` on."""
-    for table, steps in phases:
-        yield from itertools.islice(every_epoch(table, args), min(start, steps), steps)
+    for rows, steps in phases:
+        part = (dataset, table) if rows is None else (dataset.subset(rows), table.subset(rows))
+        yield from itertools.islice(every_epoch(*part, args, start), max(0, steps - start))
         start = max(0, start - steps)
 
 
-def every_epoch(table: ImageTable, args: argparse.Namespace):
-    """Shuffled batches, epoch after epoch."""
+def every_epoch(dataset, table: ImageTable, args: argparse.Namespace, start: int):
+    """Shuffled batches, epoch after epoch, from step ``start`` on: from memory, or from files if timm is to crop."""
     size, place = min(args.batch_size, len(table) // table.world_size), (table.rank, table.world_size)
-    for epoch in itertools.count():
-        yield from batches(table.images, table.targets, size, True, args.seed, epoch, True, *place)
+    if crops(args):
+        transform = train_transform(args.image_size, table.images.shape[1], args)
+        return endless_batches(
+            create_loader(dataset, transform, size, True, args.seed, args.workers, *place, drop_last=True), start
+        )
+    first, done = divmod(start, len(table) // table.world_size // size)
+    epochs = (
+        batches(table.images, table.targets, size, True, args.seed, epoch, True, *place)
+        for epoch in itertools.count(first)
+    )
+    return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
+
+
+def crops(args: argparse.Namespace) -> bool:
+    """Whether images go through timm's transform, as the classifier's do, rather than be shifted and mirrored here."""
+    return any(value is not None for value in (args.scale, args.ratio, args.aa, args.color_jitter))
 
 
 def augment(flow, x, args, generator):
-    """What the flow sees of an image: shifted, mirrored, dequantised."""
-    x = random_hflip(random_shift(x, args.shift, generator), args.hflip, generator)
+    """What the flow sees of an image in [0, 1] or uint8: shifted, mirrored, dequantised."""
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    x = random_shift(x, args.shift, generator)
+    x = x if crops(args) else random_hflip(x, args.hflip, generator)
     return flow.dequantise(x, generator)
 
 
@@ -135,21 +119,25 @@ def initialise(flow, table: ImageTable, args: argparse.Namespace) -> None:
     """Data-dependent initialisation on the same images on every process."""
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(table), generator=generator)[:INIT_BATCH]
-    flow.initialise(augment(flow, table.images[chosen].float() / 255, args, generator))
+    flow.initialise(augment(flow, table.images[chosen], args, generator))
 
 
 def create(args: argparse.Namespace, dataset, table: ImageTable):
-    """A flow of the recipe's architecture, initialised on the data."""
+    """A flow of the recipe's architecture, initialised on the data or from a trained flow."""
     flow = create_flow(
         args.model,
         event_shape=tuple(table.images.shape[1:]),
         num_classes=len(dataset.class_names),
-        grey_levels=dataset.grey_levels,
+        grey_levels=2**args.bits if args.bits else dataset.grey_levels,
         seed=args.seed,
         **({"coupling": args.coupling} if args.coupling else {}),
+        **args.model_kwargs,
     )
     flow.class_names = dataset.class_names
-    initialise(flow, table, args)
+    if args.init_from:
+        start_from(flow, args.init_from)
+    else:
+        initialise(flow, table, args)
     return flow
 
 
@@ -159,17 +147,22 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     dataset, table, val = load_tables(args, accelerator)
     settle_gaussian_options(args)
     flow = create(args, dataset, table).to(device)
-    averaged = ModelEmaV3(flow, decay=args.ema_decay, use_warmup=True)
-    flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute)
+    if args.dry_run:
+        accelerator.print(flow_plan(args, flow, dataset, len(val), accelerator))
+        return args.output
+    averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
+    flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute, args.torchcompile)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
-    log = MetricsLog(args.output, main)
+    log = MetricsLog(args.output, main, start_tracking(accelerator, "train_flow", recipe_of(args)))
     schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
     run = Run(args.output, recipe_of(args), flow, averaged, optimizer, log, schedule)
     start = run.restore() if args.resume == "auto" else 0
     model, generator = accelerator.prepare(flow), torch.Generator(device)
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     began = time.time()
-    for step, (x, y) in enumerate(training_batches(schedule.phases(), args, start), start):
+    if start == 0:
+        set_gaussians(schedule, 0, flow, averaged, log)
+    for step, (x, y) in enumerate(training_batches(schedule.phases(), dataset, table, args, start), start):
         generator.manual_seed((args.seed << 40) + (step << 12) + accelerator.process_index)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -180,24 +173,33 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         optimizer.step()
         optimizer.zero_grad()
         averaged.update(flow, step=step)
-        if note := schedule.after(step + 1, flow):
-            log.note("class_gaussians", note)
-            averaged.module.gaussians.load_state_dict(flow.gaussians.state_dict())
+        set_gaussians(schedule, step + 1, flow, averaged, log)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             values = evaluate(averaged.module, val, device, accelerator.reduce)
             log.write(step + 1, {"train_bits_per_dim": loss.item(), **values}, bar)
+            if main and step + 1 < args.steps:
+                draw_progress(averaged.module, table, val, args.output)
         if (step + 1) % args.save_every == 0 and main:
             run.save(step + 1)
         bar.update()
     bar.close()
     final = averaged.module.eval()
-    pca = fit_pca(final, table, device, args.rank)
+    moments = ClassMoments.zeros(table.num_classes, flow.dim, device)
+    pca = fit_pca(final, table, device, args.rank, args.partners_per_class, accelerator.reduce, moments)
+    moments = reduced(moments, accelerator.reduce)
     log.note("train_seconds", round(time.time() - began, 1))
     if main:
-        write_flow_folder(args.output, final, pca, dataset, table, val, recipe_of(args), log)
+        write_flow_folder(args.output, final, pca, moments, dataset, table, val, recipe_of(args), log)
         run.discard()
-    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return args.output
+
+
+def set_gaussians(schedule: GaussianSchedule, step: int, flow, averaged: AveragedFlow, log: MetricsLog) -> None:
+    """Set the class Gaussians, of the averaged flow too, if they are due after ``step`` steps."""
+    if note := schedule.after(step, flow):
+        log.note("class_gaussians", note)
+        averaged.module.gaussians.load_state_dict(flow.gaussians.state_dict())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -205,9 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args = parse_args(argv)
         keep_freed_memory()
-        accelerator = Accelerator(cpu=args.cpu)
+        accelerator = create_accelerator(args)
         folder = train(args, accelerator)
-        accelerator.print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
+        if not args.dry_run:
+            accelerator.print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
     except (ValueError, OSError) as error:
         sys.exit(f"train_flow.py: {error}")
 

@@ -70,6 +70,8 @@ class BatchPipeline:
         flow_mixup: the flow augmentation or None.
         mixup: timm's Mixup or None.
         erasing: timm's RandomErasing or None.
+        flow_off_epoch: epoch from which there is no flow augmentation, None for never.
+        mixup_off_epoch: epoch from which Mixup gives plain labels (one-hot, smoothed), None for never.
     """
 
     def __init__(
@@ -80,22 +82,27 @@ class BatchPipeline:
         flow_mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         mixup: Mixup | None = None,
         erasing: RandomErasing | None = None,
+        flow_off_epoch: int | None = None,
+        mixup_off_epoch: int | None = None,
     ):
         self.input_size = input_size
         self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (mean, std))
         self.flow_mixup, self.mixup, self.erasing = flow_mixup, mixup, erasing
+        self.off_epochs = flow_off_epoch, mixup_off_epoch
 
     def to(self, device: torch.device) -> "BatchPipeline":
         """Move the constants to a device, in place."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
-    def train(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def train(self, x: Tensor, y: Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """Augment a uint8 batch (B, C, h, w) with labels (B,); labels come back soft (B, K) after Mixup."""
+        flow_on, mixup_on = (off is None or epoch < off for off in self.off_epochs)
         x = x.float() / 255
-        if self.flow_mixup is not None:
+        if self.flow_mixup is not None and flow_on:
             x, y = self.flow_mixup(x, y)
         if self.mixup is not None:
+            self.mixup.mixup_enabled = mixup_on
             x, y = self.mixup(x, y)
         x = self.normalise(x)
         return (x if self.erasing is None else self.erasing(x)), y

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 
 def batches(
@@ -64,6 +64,7 @@ def create_loader(
     rank: int = 0,
     world_size: int = 1,
     drop_last: bool = False,
+    copies: int = 1,
 ) -> DataLoader:
     """A loader of ``(transform(image), label)`` batches for a classifier; ``dataset`` stays as it is.
 
@@ -78,6 +79,8 @@ def create_loader(
         raise ValueError(f"transform is {transform!r}; expected a callable from a PIL image to a tensor")
     view = copy.copy(dataset)
     view.transform = transform
+    if copies > 1:  # an epoch sees every image this often, each time with other random transforms
+        view = ConcatDataset([view] * copies)
     sampler = EpochSampler(len(view), shuffle, seed, shuffle or drop_last, rank, world_size)
     _check_batch_size(batch_size, len(sampler), drop_last)
     return DataLoader(

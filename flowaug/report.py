@@ -1,20 +1,25 @@
 """What a training leaves for people and machines: metrics, pictures, the folder of a flow and its model card."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowaug.checkpoint import save_flow, write_atomic, write_json
-from flowaug.fitting import ImageTable
+from flowaug.checkpoint import pack, save_flow, write_atomic, write_json
+from flowaug.fitting import ImageTable, fit_pca
 from flowaug.flow import Flow
 from flowaug.mixup import MixPlan
+from flowaug.moments import ClassMoments
 from flowaug.pca import ClasswisePCA
 from flowaug.plots import augmentation_grid, curves, image_grid
 from flowaug.transform import FlowMixupTransform
 
 PREVIEW_WEIGHTS = (0.25, 0.5, 0.75, 1.0)
+PROGRESS_IMAGES, PROGRESS_RANK = 640, 8
+MOMENTS = "moments.safetensors"
 
 
 class MetricsLog:
@@ -23,10 +28,11 @@ class MetricsLog:
     Args:
         folder: where the files go.
         active: False on all processes but the main one, which then write nothing.
+        track: takes (values, step) of every row too, for an experiment tracker.
     """
 
-    def __init__(self, folder: Path, active: bool = True):
-        self.folder, self.active = folder, active
+    def __init__(self, folder: Path, active: bool = True, track: Callable[[dict, int], None] | None = None):
+        self.folder, self.active, self.track = folder, active, track
         self.rows: list[dict] = []
         self.notes: dict = {}
         if active:
@@ -35,6 +41,8 @@ class MetricsLog:
     def write(self, step: int, values: dict[str, float], bar=None) -> None:
         """Add the numbers of a step; show them on a tqdm bar if there is one."""
         self.rows.append({"step": step, **values})
+        if self.track is not None:
+            self.track(values, step)
         if bar is not None:
             bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
         if self.active:
@@ -100,18 +108,20 @@ def write_flow_folder(
     folder: Path,
     flow: Flow,
     pca: ClasswisePCA,
+    moments: ClassMoments,
     dataset,
     train: ImageTable,
     val: ImageTable,
     recipe: dict,
     log: MetricsLog,
 ) -> None:
-    """Write checkpoint, metrics, pictures and card of a trained flow.
+    """Write checkpoint, moments, metrics, pictures and card of a trained flow.
 
     Args:
         folder: where to.
         flow: the averaged flow.
         pca: its class axes.
+        moments: class moments of the training images' latents.
         dataset: the training data set (for names).
         train: training images.
         val: validation images, which the pictures show.
@@ -119,14 +129,27 @@ def write_flow_folder(
         log: the numbers of the run.
     """
     save_flow(flow, folder, pca, class_names=list(dataset.class_names), recipe=recipe, data=dataset.fingerprint())
+    write_atomic(folder / MOMENTS, pack(moments.tensors()))
     summary = log.finish(train_images=len(train), val_images=len(val))
     log.plot(["bits_per_dim", "nf_acc"], f"{dataset.name}: flow on the val split")
-    device = flow.gaussians.mean.device
-    draw_samples(flow, folder / "samples.png", device)
-    transform = FlowMixupTransform(flow, pca)
-    chosen = one_per_class(val.targets)
-    draw_augmented(transform, val.images[chosen].float() / 255, val.targets[chosen], folder / "augmented.png")
+    draw_flow(flow, pca, val, folder)
     write_atomic(folder / "README.md", model_card(flow, pca, dataset.name, recipe, summary).encode())
+
+
+def draw_flow(flow: Flow, pca: ClasswisePCA, val: ImageTable, folder: Path) -> None:
+    """Draw ``samples.png`` and ``augmented.png``, the latter of images of the val split."""
+    draw_samples(flow, folder / "samples.png", flow.gaussians.mean.device)
+    chosen = one_per_class(val.targets)
+    transform = FlowMixupTransform(flow, pca)
+    draw_augmented(transform, val.images[chosen].float() / 255, val.targets[chosen], folder / "augmented.png")
+
+
+def draw_progress(flow: Flow, train: ImageTable, val: ImageTable, folder: Path) -> None:
+    """Draw both pictures of a flow in training, with class axes of a few images per class."""
+    each = max(PROGRESS_IMAGES // train.num_classes, PROGRESS_RANK)
+    rows = [torch.nonzero(train.targets == label)[:each, 0] for label in range(train.num_classes)]
+    few = replace(train.subset(torch.cat(rows)), rank=0, world_size=1)
+    draw_flow(flow, fit_pca(flow, few, flow.gaussians.mean.device, PROGRESS_RANK), val, folder)
 
 
 def one_per_class(targets: Tensor, limit: int = 10) -> Tensor:

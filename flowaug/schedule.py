@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from flowaug.estimators import (
     LR_POLICIES,
@@ -92,10 +93,11 @@ class GaussianSchedule:
     """
 
     def __init__(self, args: argparse.Namespace, table: ImageTable, reduce: Callable, flow: Flow):
-        self.args, self.table, self.held, self.reduce = args, table, table, reduce
-        self.glem = None
+        self.args, self.held, self.reduce = args, table, reduce
+        self.glem = self.first = None
         if args.estimator == "glem":
-            self.table_first, self.held = split_by_class(table, args.glem_share, args.seed)
+            held = split_by_class(table, args.glem_share, args.seed)
+            self.first, self.held = torch.nonzero(~held)[:, 0], table.subset(held)
             self.glem = self._make_glem(flow)
             flow.gaussians.assign_(self.glem.value)
 
@@ -114,12 +116,12 @@ class GaussianSchedule:
             device=flow.gaussians.mean.device,
         )
 
-    def phases(self) -> list[tuple[ImageTable, int]]:
-        """Which images the flow trains on, and for how many steps: under GLEM first D_NF, then all."""
+    def phases(self) -> list[tuple[Tensor | None, int]]:
+        """Which images (None: all) the flow trains on, and for how many steps: under GLEM first D_NF, then all."""
         if self.glem is None:
-            return [(self.table, self.args.steps)]
+            return [(None, self.args.steps)]
         merge = min(self.args.glem_merge_at, self.args.steps)
-        return [(self.table_first, merge), (self.table, self.args.steps - merge)]
+        return [(self.first, merge), (None, self.args.steps - merge)]
 
     def after(self, step: int, flow: Flow) -> dict | None:
         """Set the Gaussians if they are due after ``step`` steps; returns what is worth noting then."""
@@ -135,7 +137,7 @@ class GaussianSchedule:
 
     def _due(self, step: int) -> bool:
         if self.glem is not None:
-            return step % self.args.glem_every == 0 and step <= self.args.glem_merge_at
+            return step % self.args.glem_every == 0 and 0 < step <= self.args.glem_merge_at
         return step == self.args.solve_at
 
     def state_dict(self) -> dict:
@@ -159,8 +161,8 @@ def solve(moments, args: argparse.Namespace) -> FixedPoint:
     return fpi(moments, isotropic=args.isotropic, **options)
 
 
-def split_by_class(table: ImageTable, share: float, seed: int) -> tuple[ImageTable, ImageTable]:
-    """Split a table in two, the second with ``share`` of the images of every class, at least two.
+def split_by_class(table: ImageTable, share: float, seed: int) -> Tensor:
+    """Choose ``share`` of the images of every class, at least two, and leave at least two: bool (N,).
 
     Raises:
         ValueError: naming a class with too few images to leave two on either side.
@@ -175,4 +177,4 @@ def split_by_class(table: ImageTable, share: float, seed: int) -> tuple[ImageTab
             )
         count = min(max(2, round(share * len(rows))), len(rows) - 2)
         held[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
-    return table.subset(~held), table.subset(held)
+    return held

@@ -81,7 +81,8 @@ def test_options_that_disagree(options, message, tmp_path):
 def test_split_takes_its_share_of_every_class():
     targets = torch.arange(60) % 3
     table = ImageTable(torch.arange(60, dtype=torch.uint8)[:, None, None, None], targets, 3)
-    first, second = split_by_class(table, 0.1, seed=0)
+    held = split_by_class(table, 0.1, seed=0)
+    first, second = table.subset(~held), table.subset(held)
     assert second.targets.bincount().tolist() == [2, 2, 2]
     assert sorted(first.images.flatten().tolist() + second.images.flatten().tolist()) == list(range(60))
     assert torch.equal(first.images.flatten() % 3, first.targets)

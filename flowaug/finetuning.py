@@ -1,0 +1,153 @@
+"""What ``finetune.py`` builds before its loop: the classifier and its weights, the schedule, the way of a batch."""
+
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.models import load_state_dict
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from flowaug.classifier import BatchPipeline
+
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def create_classifier(args: argparse.Namespace, num_classes: int, channels: int):
+    """Build the timm model of ``--model``.
+
+    Returns:
+        The model and ((C, H, W) of its input, mean, std).
+
+    Raises:
+        ValueError: an unknown model, or weights that do not fit it.
+        FileNotFoundError: no weights at ``--checkpoint``.
+    """
+    _check_name(args.model)
+    options = {"num_classes": num_classes, "in_chans": channels, **args.model_kwargs}
+    if args.drop:
+        options["drop_rate"] = args.drop
+    if args.drop_path:
+        options["drop_path_rate"] = args.drop_path
+    if args.img_size and _takes_img_size(args.model, options):
+        options["img_size"] = args.img_size
+    model = timm.create_model(args.model, **options, **_weights(args))
+    model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
+    config = resolve_data_config({"img_size": args.img_size} if args.img_size else {}, model=model)
+    side = config["input_size"][-1]
+    mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
+    return model, ((channels, side, side), mean, std)
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(timm.models.parse_model_name(name)[1].split(".")[0]) and ":" not in name:
+        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise ValueError(f"timm has no model {name!r}; models of a like name: {close}")
+
+
+def _takes_img_size(name: str, options: dict) -> bool:
+    """Whether the constructor has an ``img_size``: those of convolutional networks refuse it."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, img_size=64, **options)
+    except TypeError:
+        return False
+    except (AssertionError, ValueError, RuntimeError):  # 64 does not suit its patches, so it does read the size
+        return True
+    return True
+
+
+def _weights(args: argparse.Namespace) -> dict:
+    """How timm is to find the weights."""
+    if args.checkpoint is None:
+        published = timm.models.is_model_pretrained(args.model)
+        return {"pretrained": published if args.pretrained is None else args.pretrained}
+    tensors = read_checkpoint(args.checkpoint, args.model, args.model_kwargs)
+    config = timm.models.get_pretrained_cfg(args.model.split(":")[-1])
+    head = tensors.get(f"{_head(config)}.weight")
+    overlay = {"state_dict": tensors, "num_classes": len(head) if head is not None else 0, "source": ""}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay | {"custom_load": False}}
+
+
+def _head(config) -> str:
+    head = config.classifier if config is not None else None
+    return head if isinstance(head, str) else ""
+
+
+def read_checkpoint(path: Path, name: str, model_kwargs: dict | None = None) -> dict[str, Tensor]:
+    """Weights of a timm model from a file; the names of another code base are matched one for one, by order.
+
+    Args:
+        path: ``.safetensors``, or a ``.pth`` that holds tensors only: nothing else is unpickled.
+        name: timm model.
+        model_kwargs: further arguments of its constructor.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not weights, or of another architecture.
+    """
+    if not Path(path).is_file() or Path(path).suffix not in WEIGHT_FILES:
+        raise FileNotFoundError(f"no weights at {str(path)!r}; expected a file ending in {', '.join(WEIGHT_FILES)}")
+    try:
+        tensors = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # torch, pickle, zip and safetensors each raise their own
+        raise ValueError(
+            f"{path} holds no weights that can be read safely ({type(error).__name__}: {error})"
+        ) from error
+    with torch.device("meta"):
+        expected = timm.create_model(name, **(model_kwargs or {})).state_dict()
+    if set(expected) & set(tensors):
+        return tensors
+    return _match_by_order(tensors, expected, path, name)
+
+
+def _match_by_order(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path, name: str) -> dict:
+    theirs, ours = ([tuple(t.shape) for t in part.values()] for part in (tensors, expected))
+    if theirs != ours:
+        raise ValueError(
+            f"{path} has other names than {name!r} and its {len(theirs)} tensors do not match the model's {len(ours)} "
+            "in order and shape; it belongs to another architecture"
+        )
+    return dict(zip(expected, tensors.values(), strict=True))
+
+
+def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """Timm's optimiser of ``--opt``, with layer-wise decay of the learning rate if ``--layer-decay`` is given."""
+    options = {"opt": args.opt, "lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
+    return create_optimizer_v2(model, layer_decay=args.layer_decay, **options)
+
+
+def create_schedule(args: argparse.Namespace, optimizer, steps: int):
+    """Timm's scheduler of ``--sched`` over ``steps``; what timm calls an epoch is one step here."""
+    cycle = max(1, steps // args.lr_cycles)
+    return create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=cycle,
+        min_lr=args.min_lr,
+        warmup_epochs=int(args.warmup_share * steps),
+        warmup_lr=args.lr / 100,
+        decay_epochs=max(1, round(args.decay_share * steps)),
+        decay_rate=args.decay_rate,
+        cycle_limit=args.lr_cycles,
+        cycle_decay=args.lr_cycle_decay,
+        step_on_epochs=True,
+    )[0]
+
+
+def create_pipeline(args: argparse.Namespace, spec, flow_mixup, num_classes: int, device) -> BatchPipeline:
+    """The way of a batch to the classifier of ``spec = (input size, mean, std)``, on ``device``."""
+    erasing = RandomErasing(args.reprob, mode="pixel", device=str(device)) if args.reprob else None
+    off = {"flow_off_epoch": args.flow_aug_off_epoch, "mixup_off_epoch": args.mixup_off_epoch}
+    return BatchPipeline(*spec, flow_mixup, create_mixup(args, num_classes), erasing, **off).to(device)
+
+
+def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Build timm's Mixup and CutMix, or None when neither is asked for."""
+    if not (args.mixup or args.cutmix):
+        return None
+    return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
