@@ -1,0 +1,68 @@
+"""Two processes with gloo, as ``torchrun --nproc_per_node 2`` starts them, against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOW = ["train_flow.py", "--images-per-class", "9", "--init-from", "digits", "--lr", "0", "--steps", "1", "--rank", "4"]
+CLASSIFIER = ["finetune.py", "--model", "test_vit", "--no-pretrained", "--img-size", "32", "--images-per-class", "9"]
+CLASSIFIER += ["--opt", "sgd", "--lr", "0.1", "--steps", "4"]
+
+
+def run(processes, output, *options):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, *options, "--cpu", "--output", str(output)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def flows(tmp_path_factory):
+    """The same flow, its Gaussians solved for and its axes fitted by one and by two processes."""
+    folders = [tmp_path_factory.mktemp(f"flow{n}") for n in (1, 2)]
+    metrics = [run(n, folder, *FLOW, "--partners-per-class", "7") for n, folder in enumerate(folders, 1)]
+    return folders, metrics
+
+
+@pytest.mark.parametrize("name", ["moments.safetensors", "model.safetensors"])
+def test_moments_and_fixed_point_are_those_of_one_process(flows, name):
+    one, two = (load_file(folder / name) for folder in flows[0])
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=1e-6, atol=1e-6, msg=key)
+
+
+def test_class_axes_are_those_of_one_process(flows):
+    one, two = (load_file(folder / "pca.safetensors") for folder in flows[0])
+    projectors = [p["axes"].double().transpose(1, 2) @ p["axes"].double() for p in (one, two)]
+    torch.testing.assert_close(*projectors, rtol=0, atol=1e-6)
+    assert torch.equal(one["offsets"], two["offsets"])
+    assert one["offsets"].tolist() == list(range(0, 71, 7))
+    torch.testing.assert_close(one["coords"], two["coords"], rtol=1e-3, atol=1e-3)  # half precision
+
+
+def test_numbers_on_the_val_split_are_those_of_one_process(flows):
+    one, two = flows[1]
+    assert two["nf_acc"] == one["nf_acc"]
+    assert two["bits_per_dim"] == pytest.approx(one["bits_per_dim"], abs=1e-6)
+    assert one["class_gaussians"]["converged"]
+
+
+def test_two_processes_average_their_gradients_and_judge_each_image_once(tmp_path):
+    one = run(1, tmp_path / "one", *CLASSIFIER, "--batch-size", "16")
+    two = run(2, tmp_path / "two", *CLASSIFIER, "--batch-size", "8")
+    assert (one["images"], two["images"]) == (359, 359)
+    assert two["top1"] == one["top1"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
