@@ -75,6 +75,8 @@ def load_tables(args: argparse.Namespace, accelerator: Accelerator):
         for d in (train, val)
     ]
     args.steps = min(args.steps, args.max_epochs * max(1, len(train) // (args.batch_size * place[1])))
+    if args.swa_from is not None and args.swa_from >= args.steps:
+        raise ValueError(f"--swa-from {args.swa_from} is never reached in {args.steps} steps; choose an earlier step")
     return train, *tables
 
 

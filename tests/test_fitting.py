@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from flowaug.fitting import ImageTable, class_moments, evaluate, fit_pca, random_hflip, random_shift
+from flowaug.fitting import AveragedFlow, ImageTable, class_moments, evaluate, fit_pca, random_hflip, random_shift
+from flowaug.moments import ClassMoments
 from tests.conftest import make_flow
 
 CPU = torch.device("cpu")
@@ -72,3 +73,28 @@ def test_hflip_mirrors_its_share():
 
 def test_an_untrained_flow_is_at_chance(table):
     assert evaluate(make_flow(), table, CPU)["nf_acc"] < 0.7
+
+
+def test_saved_weights_are_the_plain_mean_from_the_step_of_swa_on(flow):
+    averaged = AveragedFlow(flow, decay=0.9, swa_from=3)
+    name, values = next(iter(dict(flow.named_parameters()))), []
+    for step in range(7):
+        parameter = dict(flow.named_parameters())[name]
+        parameter.data = torch.full_like(parameter, float(step**2))
+        averaged.update(flow, step=step)
+        values.append(dict(averaged.module.named_parameters())[name].mean().item())
+    assert values[3:] == pytest.approx([9, (9 + 16) / 2, (9 + 16 + 25) / 3, (9 + 16 + 25 + 36) / 4])
+    assert 0 <= values[2] < 4  # before it: an exponential average
+
+
+def test_axes_of_two_processes_are_those_of_one(flow, table):
+    moments = [ClassMoments.zeros(3, flow.dim, CPU) for _ in range(3)]
+    whole = fit_pca(flow, table, CPU, 3, partners=6, moments=moments[0])
+    parts = [[], []]
+    for share, sums, kept in zip(shares(table, 2), moments[1:], parts, strict=True):
+        fit_pca(flow, share, CPU, 3, 6, lambda t, kept=kept: kept.append(t) or t, sums)
+    for name, a, b in zip(("axes", "variance", "mean", "coords"), *parts, strict=True):
+        torch.testing.assert_close(a + b, whole.tensors()[name].float(), rtol=0, atol=0, msg=name)
+    assert whole.count.tolist() == [6, 6, 6]
+    merged = moments[1].merge(moments[2])
+    assert torch.equal(merged.mean, moments[0].mean)

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
 
 import finetune
 import train_flow
@@ -127,6 +130,69 @@ def test_finetune_runs_every_augmentation_together(tmp_path):
     finetune.main(["--flow-aug", "digits", *extras, "--output", str(tmp_path), *QUICK])
     counts = json.loads((tmp_path / "metrics.json").read_text())["flow_aug"]
     assert counts["augmented"] > counts["refused"]  # RandAugment inverts some digits: the flow has seen none such
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps the precision of a process; a test that changes it starts and leaves with none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_finetune_runs_every_training_option_together(photos, trained, tmp_path):
+    (tmp_path / "policy.json").write_text(json.dumps({"bee": {"p": 0.0}}))
+    extras = ["--flow-aug", str(trained), "--flow-aug-policy", str(tmp_path / "policy.json"), "--flow-aug-p", "1"]
+    extras += ["--flow-aug-off-epoch", "2", "--cutmix", "1", "--mixup-off-epoch", "3", "--dataset-copies", "2"]
+    extras += ["--opt", "sgd", "--lr-cycles", "2", "--layer-decay", "0.8", "--grad-accum-steps", "2", "--model-ema"]
+    extras += ["--amp", "bf16", "--channels-last", "--drop-path", "0.1", "--epochs", "4", "--batch-size", "12"]
+    quick = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu"]
+    finetune.main(["--data-dir", str(photos), *extras, *quick, "--output", str(tmp_path / "out")])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["steps"] == 8  # 24 images twice an epoch, 2 × 12 a step
+    assert metrics["flow_aug"]["seen"] == 2 * 48  # off from the third epoch on
+    assert 0 < metrics["flow_aug"]["augmented"] < 2 * 48  # never a bee
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(photos, tmp_path):
+    options = ["--data-dir", str(photos), *QUICK, "--model", "test_vit", "--opt", "sgd", "--hflip", "0"]
+    options += ["--scale", "1", "1", "--ratio", "1", "1", "--steps", "2"]
+    finetune.main([*options, "--batch-size", "12", "--output", str(tmp_path / "whole")])
+    finetune.main([*options, "--batch-size", "4", "--grad-accum-steps", "3", "--output", str(tmp_path / "parts")])
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_flow_trains_on_crops_of_timm_in_few_bits(photos, tmp_path, killed_at):
+    options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", *QUICK_FLOW, "--bits", "5"]
+    options += ["--scale", "0.5", "1", "--aa", "rand-m5-inc1", "--hflip", "0.5", "--lr-schedule", "halving"]
+    options += ["--swa-from", "4", "--save-every", "1", "--model-kwargs", "hidden=8"]
+    train_flow.main([*options, "--output", str(tmp_path / "whole")])
+    killed_at(3, train_flow.main, [*options, "--output", str(tmp_path / "cut")])
+    train_flow.main([*options, "--output", str(tmp_path / "cut")])
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    flow = load_flow(tmp_path / "whole")
+    assert flow.grey_levels == 32
+    assert flow.config["overrides"] == {"coupling": "affine", "hidden": 8}
+
+
+def test_rates_of_a_flow():
+    args = train_flow.parse_args(["--lr", "8", "--steps", "30", "--warmup-steps", "2"])
+    linear = [train_flow.learning_rate(step, args) for step in (0, 1, 17, 18, 24, 29)]
+    assert linear == pytest.approx([4, 8, 8, 8, 4, 8 / 12])
+    args.lr_schedule = "halving"
+    assert [train_flow.learning_rate(step, args) for step in (0, 9, 10, 19, 20, 29)] == [4, 8, 4, 4, 2, 2]
+
+
+def test_compile_options_compile_in_place(photos, trained, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
+    train_flow.main(["--torchcompile", *QUICK_FLOW, "--output", str(tmp_path / "flow")])
+    finetune.main(["--torchcompile", *QUICK, "--output", str(tmp_path / "out")])
+    assert set(compiled) == {"Coupling", "ResNet"}
+    assert all("_orig_mod" not in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
 def test_preview(tmp_path):

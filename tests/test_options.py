@@ -1,0 +1,36 @@
+import pytest
+
+import finetune
+import train_flow
+
+DISAGREE = [
+    (["--flow-aug-policy", "p.json"], "--flow-aug-policy needs --flow-aug"),
+    (["--flow-aug-off-epoch", "3"], "--flow-aug-off-epoch needs --flow-aug"),
+    (["--checkpoint", "w.pth", "--pretrained"], "two sets of weights"),
+    (["--mixup-off-epoch", "2"], "needs --mixup or --cutmix"),
+    (["--sched", "step", "--lr-cycles", "2"], "no restarts"),
+    (["--model-ema-decay", "1.5"], "between 0 and 1"),
+    (["--grad-accum-steps", "0"], "at least 1"),
+    (["--log-with", "crayon"], "no tracker 'crayon'"),
+    (["--log-with", "clearml"], "pip install clearml"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), DISAGREE)
+def test_options_that_disagree_end_before_any_work(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        finetune.main([*options, "--cpu", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--init-from", "digits", "--model", "jet_tiny"], "decides --model"),
+        (["--init-from", "nothing"], "no flow at"),
+        (["--swa-from", "800", "--steps", "800"], "--swa-from 800 is never reached in 800 steps"),
+    ],
+)
+def test_a_flow_that_disagrees_with_the_options(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        train_flow.main([*options, "--cpu", "--output", str(tmp_path / "out")])
