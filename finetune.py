@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
@@ -28,15 +28,16 @@ import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
 from flowaug.classifier import accuracy, eval_transform, train_transform
-from flowaug.data import create_loader, load_dataset
+from flowaug.data import create_loader
 from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
 from flowaug.options import check_disagreements, classifier_parser
 from flowaug.plan import classifier_plan
-from flowaug.recipes import classifier_recipe, deciding_options, fill_in
-from flowaug.report import MetricsLog, RunningMean, draw_augmented, one_per_class
+from flowaug.recipes import classifier_recipe, deciding_options, fill_in, given_data_options, load_split
+from flowaug.report import MetricsLog, RunningMean, draw_augmented
 from flowaug.state import Run
+from flowaug.streams import count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
 
 
@@ -74,12 +75,13 @@ def named_flow(args: argparse.Namespace) -> str | None:
     """The flow that --flow-aug names or the data set's bundled one; None if one is to be trained."""
     if args.flow_aug != "auto":
         return args.flow_aug
-    return args.dataset if args.dataset in list_pretrained() and args.images_per_class is None else None
+    whole = args.images_per_class is None and args.class_map is None
+    return args.dataset if args.dataset in list_pretrained() and whole else None
 
 
 def flow_options(args: argparse.Namespace, dataset) -> argparse.Namespace:
     """Options of ``train_flow.py`` for the data set's own flow; its folder is named after data and options."""
-    options = train_flow.parse_args(_data_options(args))
+    options = train_flow.parse_args(given_data_options(args))
     identity = {"data": dataset.fingerprint(), "recipe": train_flow.recipe_of(options)}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     options.output = args.output.parent / "flows" / f"{dataset.name}-{key}"
@@ -96,12 +98,6 @@ def describe_flow(args: argparse.Namespace, dataset) -> str:
     options = flow_options(args, dataset)
     trained = (options.output / CONFIG).is_file()
     return f"{options.output}" + ("" if trained else f", trained first: {options.model}, {options.steps} steps at most")
-
-
-def _data_options(args: argparse.Namespace) -> list[str]:
-    names = ("dataset", "data_dir", "images_per_class", "subset_seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator) -> FlowMixupTransform | None:
@@ -136,7 +132,7 @@ def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, i
 
 def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     """Train, evaluate, write the folder; returns the summary (None after --dry-run)."""
-    sets = load_sets(args)
+    sets = [load_split(args, split) for split in ("train", "val")]
     num_classes, device = len(sets[0].class_names), accelerator.device
     set_seed(args.seed)
     model, spec = create_classifier(args, num_classes, sets[0].channels)
@@ -191,14 +187,10 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
             run.save(step + 1)
     bar.close()
+    if skipped := count_skipped({"train": sets[0], "val": sets[1]}, gather_object):
+        log.note("skipped", skipped)
     final = accelerator.unwrap_model(model) if averaged is None else averaged.module
     return finish(args, accelerator, run, final, log, flow_mixup, sets[1], time.time() - began)
-
-
-def load_sets(args: argparse.Namespace):
-    """Training and val images."""
-    train = load_dataset(args.dataset, args.data_dir, "train", args.images_per_class, args.subset_seed)
-    return train, load_dataset(args.dataset, args.data_dir, "val")
 
 
 def memory_format(args: argparse.Namespace) -> torch.memory_format:
@@ -244,10 +236,9 @@ def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, data
 
 def draw_before_after(flow_mixup: FlowMixupTransform, dataset, path: Path) -> None:
     """Draw one image per class, before and after, at the data set's own size."""
-    chosen = one_per_class(torch.as_tensor(dataset.targets)).tolist()
+    images, labels = zip(*dataset.examples(), strict=True)
     transform = eval_transform(max(dataset.image_size))
-    x = torch.stack([transform(dataset.image(i)) for i in chosen])
-    draw_augmented(flow_mixup, x, torch.as_tensor(dataset.targets[chosen]), path)
+    draw_augmented(flow_mixup, torch.stack([transform(image) for image in images]), torch.tensor(labels), path)
 
 
 def main(argv: list[str] | None = None) -> None:

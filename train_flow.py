@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from flowaug import create_flow
 from flowaug.classifier import train_transform
-from flowaug.data import create_loader, load_dataset, stack_images
+from flowaug.data import create_loader
 from flowaug.fitting import AveragedFlow, ImageTable, evaluate, fit_pca, random_hflip, random_shift, reduced
 from flowaug.host import keep_freed_memory
 from flowaug.inherit import settle_init_from, start_from
@@ -29,10 +29,11 @@ from flowaug.loaders import batches, endless_batches
 from flowaug.moments import ClassMoments
 from flowaug.options import flow_parser
 from flowaug.plan import flow_plan
-from flowaug.recipes import deciding_options, fill_in, flow_recipe
+from flowaug.recipes import deciding_options, fill_in, flow_recipe, load_split
 from flowaug.report import MetricsLog, draw_progress, write_flow_folder
 from flowaug.schedule import ESTIMATOR_DEFAULTS, GaussianSchedule, check_gaussian_options, settle_gaussian_options
 from flowaug.state import Run
+from flowaug.streams import StreamDataset, count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
 
 INIT_BATCH = 512
@@ -65,26 +66,27 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 def load_tables(args: argparse.Namespace, accelerator: Accelerator):
     """Read both splits into memory at the size of the flow."""
-    train = load_dataset(args.dataset, args.data_dir, "train", args.images_per_class, args.subset_seed)
-    val = load_dataset(args.dataset, args.data_dir, "val")
-    size, place = (args.image_size, args.image_size), (accelerator.process_index, accelerator.num_processes)
+    sets = {split: load_split(args, split) for split in ("train", "val")}
+    train, place = sets["train"], (accelerator.process_index, accelerator.num_processes)
+    size = (args.image_size, args.image_size)
+    if args.estimator == "glem" and crops(args) and isinstance(train, StreamDataset):
+        raise ValueError("--estimator glem takes images by place, which shards cannot give timm's crops; leave one out")
     tables = [
-        ImageTable(
-            stack_images(d, size, train.channels), torch.as_tensor(d.targets), len(train.class_names), 256, *place
-        )
-        for d in (train, val)
+        ImageTable(*data.read_table(size, train.channels), len(train.class_names), 256, *place)
+        for data in sets.values()
     ]
-    args.steps = min(args.steps, args.max_epochs * max(1, len(train) // (args.batch_size * place[1])))
+    args.steps = min(args.steps, args.max_epochs * max(1, len(tables[0]) // (args.batch_size * place[1])))
     if args.swa_from is not None and args.swa_from >= args.steps:
         raise ValueError(f"--swa-from {args.swa_from} is never reached in {args.steps} steps; choose an earlier step")
-    return train, *tables
+    return sets, *tables
 
 
 def training_batches(phases: list[tuple[torch.Tensor | None, int]], dataset, table: ImageTable, args, start: int):
     """Batches of every phase (images, steps) in turn, epoch by epoch, from step ``start`` on."""
     for rows, steps in phases:
-        part = (dataset, table) if rows is None else (dataset.subset(rows), table.subset(rows))
-        yield from itertools.islice(every_epoch(*part, args, start), max(0, steps - start))
+        files = dataset.subset(rows) if rows is not None and crops(args) else dataset
+        part = table if rows is None else table.subset(rows)
+        yield from itertools.islice(every_epoch(files, part, args, start), max(0, steps - start))
         start = max(0, start - steps)
 
 
@@ -146,7 +148,8 @@ def create(args: argparse.Namespace, dataset, table: ImageTable):
 def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     """Train a flow and write its folder; returns the folder."""
     device, main = accelerator.device, accelerator.is_main_process
-    dataset, table, val = load_tables(args, accelerator)
+    sets, table, val = load_tables(args, accelerator)
+    dataset = sets["train"]
     settle_gaussian_options(args)
     flow = create(args, dataset, table).to(device)
     if args.dry_run:
@@ -189,6 +192,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     moments = ClassMoments.zeros(table.num_classes, flow.dim, device)
     pca = fit_pca(final, table, device, args.rank, args.partners_per_class, accelerator.reduce, moments)
     moments = reduced(moments, accelerator.reduce)
+    if skipped := count_skipped(sets):
+        log.note("skipped", skipped)
     log.note("train_seconds", round(time.time() - began, 1))
     if main:
         write_flow_folder(args.output, final, pca, moments, dataset, table, val, recipe_of(args), log)

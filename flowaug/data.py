@@ -11,7 +11,10 @@ import numpy as np
 
 from flowaug import folders
 from flowaug.images import ImageDataset, stack_images
+from flowaug.labels import as_found, read_class_map, relabel
 from flowaug.loaders import batches, create_loader
+from flowaug.shardlists import is_shards
+from flowaug.streams import StreamDataset, open_stream
 
 __all__ = ["DATASETS", "ImageDataset", "batches", "create_loader", "load_dataset", "stack_images"]
 
@@ -29,25 +32,35 @@ def load_dataset(
     split: str = "train",
     images_per_class: int | None = None,
     seed: int = 0,
-) -> ImageDataset:
-    """Open one split of a named data set or of an image folder, checked before any work starts.
+    *,
+    class_map: str | Path | None = None,
+    num_classes: int | None = None,
+    train_samples: int | None = None,
+) -> ImageDataset | StreamDataset:
+    """Open one split of a named data set, an image folder or webdataset shards, checked before any work starts.
 
     Args:
-        dataset: "digits" (the default; 8×8, 17 grey levels, fixed 80/20 split) or "fashion_mnist".
-        data_dir: folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), one folder per class.
+        dataset: "digits" (the default; 8×8, 17 grey levels, fixed 80/20 split), "fashion_mnist" or "wds/".
+        data_dir: folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), one folder per class; or folder
+            or pattern of webdataset shards, see `flowaug.shardlists.find_shards`.
         split: "train" or "val".
         images_per_class: keep a random subset of this many training images of each class.
         seed: seed of that subset; it changes nothing else.
+        class_map: JSON file that gives the classes their labels, see `flowaug.labels.read_class_map`.
+        num_classes: how many classes there must be; shards that are not counted need it or a class map.
+        train_samples: of shards, how many samples a training epoch stands for; without it they are counted.
 
     Raises:
         ValueError: contradicting or unknown options, classes with too few images, unreadable images.
         FileNotFoundError: the folder, the split or the data set's files are not there.
     """
-    _check_options(dataset, data_dir, split, images_per_class)
-    if data_dir is not None:
-        data = _load_folder(Path(data_dir).expanduser(), split)
-    else:
-        data = {"digits": _load_digits, "fashion_mnist": _load_fashion_mnist}[dataset or "digits"](split)
+    data_dir = None if data_dir is None else Path(data_dir).expanduser()
+    if is_shards(dataset, data_dir):
+        _check_shard_options(data_dir, images_per_class)
+        return open_stream(data_dir, split, class_map, num_classes, train_samples)
+    _check_options(dataset, data_dir, split, images_per_class, train_samples)
+    data = _load_named(dataset, split) if data_dir is None else _load_folder(data_dir, split)
+    data = _labelled(data, split, class_map, num_classes)
     if images_per_class is not None:
         data = data.subset(_choose_per_class(data, images_per_class, seed))
     if not data.in_memory:
@@ -55,13 +68,38 @@ def load_dataset(
     return data
 
 
-def _check_options(dataset, data_dir, split, images_per_class) -> None:
+def _check_shard_options(data_dir: Path | None, images_per_class: int | None) -> None:
+    if data_dir is None:
+        raise ValueError("dataset 'wds/' needs data_dir (--data-dir): a folder with .tar shards or a pattern of them")
+    if images_per_class is not None:
+        raise ValueError(
+            "images_per_class chooses images one by one, but shards are read as a stream; leave it out, or unpack the "
+            "shards into train/ and val/ with one folder per class"
+        )
+
+
+def _labelled(data: ImageDataset, split: str, class_map: str | Path | None, num_classes: int | None) -> ImageDataset:
+    """The data set under the labels of the class map, if there is one; the number of classes is checked."""
+    classes = as_found(data.class_names, data.name) if class_map is None else read_class_map(class_map)
+    classes.check_count(num_classes)
+    return data if class_map is None else relabel(data, classes, split)
+
+
+def _load_named(dataset: str | None, split: str) -> ImageDataset:
+    return {"digits": _load_digits, "fashion_mnist": _load_fashion_mnist}[dataset or "digits"](split)
+
+
+def _check_options(dataset, data_dir, split, images_per_class, train_samples) -> None:
     if dataset is not None and data_dir is not None:
         raise ValueError(f"both dataset={dataset!r} and data_dir={str(data_dir)!r} are given; give one of them")
     if dataset not in (None, *DATASETS):
         close = difflib.get_close_matches(str(dataset), DATASETS, 1)
         hint = f"; did you mean {close[0]!r}?" if close else "; for a folder of images use data_dir (--data-dir)"
         raise ValueError(f"unknown dataset {dataset!r}; the known ones are {', '.join(DATASETS)}{hint}")
+    if train_samples is not None:
+        raise ValueError(
+            "train_samples is the size of an epoch of webdataset shards; leave it out, this data is counted"
+        )
     if split not in folders.SPLIT_FOLDERS:
         raise ValueError(f"unknown split {split!r}; expected 'train' or 'val'")
     if images_per_class is not None and split != "train":

@@ -95,11 +95,13 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def parallel(function: Callable, items: Sequence, description: str) -> Iterator:
+def parallel(
+    function: Callable, items: Sequence, description: str, unit: str = " images", chunksize: int = 16
+) -> Iterator:
     """``map(function, items)`` in threads, in order, with a progress bar from the third second on."""
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.imap(function, items, chunksize=16)
-        yield from tqdm(results, description, len(items), leave=False, delay=2, unit=" images")
+        results = pool.imap(function, items, chunksize)
+        yield from tqdm(results, description, len(items), leave=False, delay=2, unit=unit)
 
 
 def _scan_classes(folder: Path) -> dict[str, list[Path]]:

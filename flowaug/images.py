@@ -84,6 +84,15 @@ class ImageDataset(Dataset):
         part.targets = self.targets[indices]
         return part
 
+    def examples(self, limit: int = 10) -> list[tuple[Image.Image, int]]:
+        """The first image of each of the first ``limit`` classes that have one."""
+        labels, first = np.unique(self.targets, return_index=True)
+        return [(self.image(i), label) for i, label in zip(first[:limit], labels[:limit].tolist(), strict=True)]
+
+    def read_table(self, size: tuple[int, int], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images as `stack_images` gives them, and their labels (N,)."""
+        return stack_images(self, size, channels), torch.as_tensor(self.targets)
+
     def fingerprint(self) -> str:
         """16 hex digits that change with the class names, the labels and the images.
 
@@ -123,7 +132,7 @@ def stack_images(dataset: ImageDataset, size: tuple[int, int], channels: int) ->
         raise ValueError(f"channels is {channels!r}; expected 1 (grey) or 3 (RGB)")
     stack = torch.empty(len(dataset), channels, *size, dtype=torch.uint8)
     pixels = folders.parallel(
-        lambda i: _pixels(dataset.image(i), size, channels), range(len(dataset)), "reading images"
+        lambda i: to_pixels(dataset.image(i), size, channels), range(len(dataset)), "reading images"
     )
     for row, image in zip(stack, pixels, strict=True):
         row.copy_(torch.from_numpy(image).permute(2, 0, 1))
@@ -147,7 +156,7 @@ def _check_source(images, targets: np.ndarray, class_names: tuple[str, ...]) -> 
         )
 
 
-def _pixels(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+def to_pixels(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
     """The image as uint8 ``(H, W, channels)``."""
     height, width = size
     image = image.convert("L" if channels == 1 else "RGB")

@@ -48,7 +48,7 @@ def batches(
     if len(images) != len(targets):
         raise ValueError(f"{len(images)} images but {len(targets)} targets; batches needs one label per image")
     order = _share(len(images), shuffle, seed, epoch, shuffle or drop_last, rank, world_size)
-    _check_batch_size(batch_size, len(order), drop_last)
+    check_batch_size(batch_size, len(order), drop_last)
     labels = torch.as_tensor(targets, dtype=torch.int64)
     chunks = [c for c in order.split(batch_size) if len(c) == batch_size or not drop_last]
     return ((images[c.to(images.device)].float() / 255, labels[c.to(labels.device)]) for c in chunks)
@@ -70,19 +70,22 @@ def create_loader(
 
     The order depends on ``(seed, epoch)`` and the random transforms of an image on ``(seed, epoch, image)``, whatever
     the number of workers. The epoch advances with each pass, and ``loader.sampler.set_epoch(e, skip)`` resumes within
-    epoch e. Ranks share the images as in :func:`batches`. The caller's global generators stay as they are.
+    epoch e. Ranks share the images as in :func:`batches`. The caller's global generators stay as they are. A stream of
+    shards makes its own loader, `flowaug.streams.StreamLoader`.
 
     Raises:
         ValueError: no transform, or no batch at all.
     """
     if not callable(transform):
         raise ValueError(f"transform is {transform!r}; expected a callable from a PIL image to a tensor")
+    if hasattr(dataset, "stream_loader"):
+        return dataset.stream_loader(transform, batch_size, shuffle, seed, workers, rank, world_size, copies)
     view = copy.copy(dataset)
     view.transform = transform
     if copies > 1:  # an epoch sees every image this often, each time with other random transforms
         view = ConcatDataset([view] * copies)
     sampler = EpochSampler(len(view), shuffle, seed, shuffle or drop_last, rank, world_size)
-    _check_batch_size(batch_size, len(sampler), drop_last)
+    check_batch_size(batch_size, len(sampler), drop_last)
     return DataLoader(
         SeededImages(view, seed),
         batch_size=batch_size,
@@ -169,7 +172,8 @@ def _share(count, shuffle, seed, epoch, even, rank, world_size) -> torch.Tensor:
     return order[: count // world_size * world_size if even else count][rank::world_size]
 
 
-def _check_batch_size(batch_size: int, share: int, drop_last: bool) -> None:
+def check_batch_size(batch_size: int, share: int, drop_last: bool) -> None:
+    """Raise a ValueError unless a process with ``share`` images gets a batch."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     if drop_last and share < batch_size:

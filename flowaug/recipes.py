@@ -7,6 +7,8 @@ every data set without one of its own.
 import argparse
 from pathlib import Path
 
+from flowaug.data import load_dataset
+
 FLOW_RECIPES = {
     "default": {
         "model": "mef_small",
@@ -134,8 +136,31 @@ def _as_json(value):
 def add_data_options(parser: argparse.ArgumentParser):
     """Add the options that say which images to train on, which both scripts share; returns their group."""
     group = parser.add_argument_group("data (default: the embedded digits)")
-    group.add_argument("--dataset", help="digits or fashion_mnist")
-    group.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
+    group.add_argument("--dataset", help="digits, fashion_mnist or wds/ (shards)")
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        help="folder with train/ and val/, one folder per class; or folder or pattern of webdataset shards",
+    )
+    group.add_argument("--num-classes", type=int, help="how many classes there must be")
+    group.add_argument("--class-map", type=Path, help='JSON file: {"class name": label} or a list of names')
+    group.add_argument("--train-samples", type=int, help="samples in an epoch of shards; default: counted once")
     group.add_argument("--images-per-class", type=int, help="use only this many training images of each class")
     group.add_argument("--subset-seed", type=int, default=0, help="which images --images-per-class takes")
     return group
+
+
+def load_split(options, split: str):
+    """Open the split "train" or "val" of the data that a command line names."""
+    subset = (options.images_per_class, options.subset_seed) if split == "train" else ()
+    further = {name: getattr(options, name) for name in ("class_map", "num_classes", "train_samples")}
+    return load_dataset(options.dataset, options.data_dir, split, *subset, **further)
+
+
+def given_data_options(options) -> list[str]:
+    """The options of `add_data_options` that were given, as a command line."""
+    parser = argparse.ArgumentParser()
+    add_data_options(parser)
+    given = {name: getattr(options, name) for name in vars(parser.parse_args([]))}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
+    return [part for pair in pairs for part in pair]
