@@ -34,6 +34,7 @@ from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
 from flowaug.options import check_disagreements, classifier_parser
 from flowaug.plan import classifier_plan
+from flowaug.real_labels import RealLabels
 from flowaug.recipes import classifier_recipe, deciding_options, fill_in, given_data_options, load_split
 from flowaug.report import MetricsLog, RunningMean, draw_augmented
 from flowaug.state import Run
@@ -134,6 +135,8 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     """Train, evaluate, write the folder; returns the summary (None after --dry-run)."""
     sets = [load_split(args, split) for split in ("train", "val")]
     num_classes, device = len(sets[0].class_names), accelerator.device
+    place = (accelerator.process_index, accelerator.num_processes)
+    real = RealLabels(args.real_labels, sets[1], *place) if args.real_labels else None
     set_seed(args.seed)
     model, spec = create_classifier(args, num_classes, sets[0].channels)
     train_loader, val_loader = create_loaders(args, sets, spec[0], accelerator)
@@ -182,7 +185,7 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         bar.update()
         if (step + 1) % evaluation_steps(steps, per_epoch) == 0 or step + 1 == steps:
             judged = model if averaged is None else averaged.module
-            values = accuracy(judged, val_loader, pipeline, device, accelerator.reduce)
+            values = accuracy(judged, val_loader, pipeline, device, accelerator.reduce, real)
             log.write(step + 1, {"train_loss": mean_loss.value, **values}, bar)
         if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
             run.save(step + 1)

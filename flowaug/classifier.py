@@ -9,6 +9,7 @@ from timm.data import create_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 
 
@@ -120,8 +121,13 @@ class BatchPipeline:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, loader, pipeline: BatchPipeline, device: torch.device, reduce=lambda t: t) -> dict:
+def accuracy(
+    model: nn.Module, loader, pipeline: BatchPipeline, device: torch.device, reduce=lambda t: t, real=None
+) -> dict:
     """Top-1 and top-5 accuracy and the number of images, over all processes, each image counted once.
+
+    Processes may have different numbers of batches: they meet only at the end, so a model that is wrapped for training
+    on several processes, which would exchange buffers at every batch, is looked into.
 
     Args:
         model: classifier; left in the mode it was in.
@@ -129,14 +135,26 @@ def accuracy(model: nn.Module, loader, pipeline: BatchPipeline, device: torch.de
         pipeline: what brings images to the classifier's input.
         device: where the model lives.
         reduce: sums a tensor over the processes.
+        real: ImageNet's ReaL labels, for ``real_top1`` and ``real_top5``; None leaves them out.
     """
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     was_training = model.training
     model.eval()
+    if real is not None:
+        real.reset()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for x, y in loader:
         logits = model(pipeline.evaluate(x.to(device)))
         best = logits.topk(min(5, logits.shape[1]), 1).indices == y.to(device)[:, None]
         sums += torch.stack([best[:, 0].sum(), best.any(1).sum(), sums.new_tensor(len(y))])
+        if real is not None:
+            real.add(logits)
     model.train(was_training)
     top1, top5, count = reduce(sums).tolist()
-    return {"top1": top1 / count, "top5": top5 / count, "images": int(count)}
+    values = {"top1": top1 / count, "top5": top5 / count, "images": int(count)}
+    return values if real is None else values | _real_accuracy(reduce(real.sums().to(device)))
+
+
+def _real_accuracy(sums: Tensor) -> dict:
+    top1, top5, count = sums.tolist()
+    return {"real_top1": top1 / max(count, 1), "real_top5": top5 / max(count, 1)}

@@ -7,6 +7,7 @@ from timm.utils import ParseKwargs
 
 from flowaug.mixup import PARTNERS
 from flowaug.models import list_flows
+from flowaug.real_labels import OWN
 from flowaug.recipes import add_data_options
 from flowaug.schedule import add_gaussian_options
 
@@ -32,6 +33,7 @@ def classifier_parser(description: str) -> argparse.ArgumentParser:
     """The command line of ``finetune.py``."""
     parser = _parser(description)
     data = add_data_options(parser)
+    data.add_argument("--real-labels", nargs="?", const=OWN, help="judge by ImageNet's ReaL labels too: real.json")
     data.add_argument("--dataset-copies", type=int, default=1, help="visits to each image per epoch (papers: 3)")
     _add_classifier_options(parser)
     _add_flow_aug_options(parser)
