@@ -14,6 +14,7 @@ from flowaug.images import ImageDataset, stack_images
 from flowaug.labels import as_found, read_class_map, relabel
 from flowaug.loaders import batches, create_loader
 from flowaug.shardlists import is_shards
+from flowaug.sources import is_timm, open_timm
 from flowaug.streams import StreamDataset, open_stream
 
 __all__ = ["DATASETS", "ImageDataset", "batches", "create_loader", "load_dataset", "stack_images"]
@@ -40,7 +41,8 @@ def load_dataset(
     """Open one split of a named data set, an image folder or webdataset shards, checked before any work starts.
 
     Args:
-        dataset: "digits" (the default; 8×8, 17 grey levels, fixed 80/20 split), "fashion_mnist" or "wds/".
+        dataset: "digits" (the default; 8×8, 17 grey levels, fixed 80/20 split), "fashion_mnist", "wds/",
+            or a name of timm's: "torch/cifar10", "hfds/owner/name", see `flowaug.sources.open_timm`.
         data_dir: folder with ``train/`` and ``val/`` (or ``validation/``, ``test/``), one folder per class; or folder
             or pattern of webdataset shards, see `flowaug.shardlists.find_shards`.
         split: "train" or "val".
@@ -59,12 +61,11 @@ def load_dataset(
         _check_shard_options(data_dir, images_per_class)
         return open_stream(data_dir, split, class_map, num_classes, train_samples)
     _check_options(dataset, data_dir, split, images_per_class, train_samples)
-    data = _load_named(dataset, split) if data_dir is None else _load_folder(data_dir, split)
+    data = _load(dataset, data_dir, split)
     data = _labelled(data, split, class_map, num_classes)
     if images_per_class is not None:
         data = data.subset(_choose_per_class(data, images_per_class, seed))
-    if not data.in_memory:
-        folders.check_readable(data.images)
+    data.check()
     return data
 
 
@@ -85,17 +86,25 @@ def _labelled(data: ImageDataset, split: str, class_map: str | Path | None, num_
     return data if class_map is None else relabel(data, classes, split)
 
 
-def _load_named(dataset: str | None, split: str) -> ImageDataset:
+def _load(dataset: str | None, data_dir: Path | None, split: str) -> ImageDataset:
+    if is_timm(dataset):
+        return open_timm(dataset, data_dir, split)
+    if data_dir is not None:
+        return _load_folder(data_dir, split)
     return {"digits": _load_digits, "fashion_mnist": _load_fashion_mnist}[dataset or "digits"](split)
 
 
 def _check_options(dataset, data_dir, split, images_per_class, train_samples) -> None:
-    if dataset is not None and data_dir is not None:
+    if dataset is not None and data_dir is not None and not is_timm(dataset):
         raise ValueError(f"both dataset={dataset!r} and data_dir={str(data_dir)!r} are given; give one of them")
-    if dataset not in (None, *DATASETS):
+    if dataset not in (None, *DATASETS) and not is_timm(dataset):
         close = difflib.get_close_matches(str(dataset), DATASETS, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; for a folder of images use data_dir (--data-dir)"
-        raise ValueError(f"unknown dataset {dataset!r}; the known ones are {', '.join(DATASETS)}{hint}")
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else "also torch/…, hfds/… and wds/; for a folder use data_dir (--data-dir)"
+        )
+        raise ValueError(f"unknown dataset {dataset!r}; the known ones are {', '.join(DATASETS)}; {hint}")
     if train_samples is not None:
         raise ValueError(
             "train_samples is the size of an epoch of webdataset shards; leave it out, this data is counted"

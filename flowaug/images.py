@@ -49,7 +49,7 @@ class ImageDataset(Dataset):
         transform: Callable | None = None,
         root: str | Path | None = None,
     ):
-        self.images = images if isinstance(images, np.ndarray) else [Path(path) for path in images]
+        self.images = images if isinstance(images, np.ndarray | range) else [Path(path) for path in images]
         self.targets = np.asarray(targets, dtype=np.int64)
         self.class_names, self.name = tuple(class_names), name
         self.grey_levels, self.transform, self.root = grey_levels, transform, root
@@ -74,8 +74,21 @@ class ImageDataset(Dataset):
         mode = "L" if self.channels == 1 else "RGB"
         if self.in_memory:
             return Image.fromarray(self.images[index]).convert(mode)
-        with Image.open(self.images[index]) as image:
+        with self.open(index) as image:
             return folders.to_mode(image, mode)
+
+    def open(self, index: int) -> Image.Image:
+        """The image file, not decoded yet."""
+        return Image.open(self.images[index])
+
+    def check(self) -> None:
+        """Decode every image file to its end.
+
+        Raises:
+            ValueError: some do not; names the first and counts the rest.
+        """
+        if not self.in_memory:
+            folders.check_readable(self.images)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
         """The images at ``indices``, in that order, under the same name, classes and transform."""
@@ -116,7 +129,7 @@ class ImageDataset(Dataset):
     def _own_size(self) -> tuple[int, int]:
         if self.in_memory:
             return self.images.shape[1:3]
-        with Image.open(self.images[0]) as image:
+        with self.open(0) as image:
             return image.size[::-1]
 
 

@@ -136,7 +136,7 @@ def _as_json(value):
 def add_data_options(parser: argparse.ArgumentParser):
     """Add the options that say which images to train on, which both scripts share; returns their group."""
     group = parser.add_argument_group("data (default: the embedded digits)")
-    group.add_argument("--dataset", help="digits, fashion_mnist or wds/ (shards)")
+    group.add_argument("--dataset", help="digits, fashion_mnist, wds/ (shards), or timm's torch/NAME or hfds/NAME")
     group.add_argument(
         "--data-dir",
         type=Path,
