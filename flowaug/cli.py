@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from flowaug import generation_cli
 from flowaug.checkpoint import list_pretrained, read_config
+from flowaug.cli_options import data_of, data_options, identity, random_subset
 from flowaug.data import ImageDataset, load_dataset, stack_images
 from flowaug.evaluation import WEIGHTS, label_preservation, write_report
 from flowaug.export import FORMATS, export
@@ -26,14 +28,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         commands.add_parser("evaluate", help="does it keep labels? an oracle's accuracy before and after")
     )
     _export_options(commands.add_parser("export", help="write an augmented copy of a data set"))
+    generation_cli.add_commands(commands)
     return parser.parse_args(argv)
 
 
 def _common_options(parser: argparse.ArgumentParser, split: str, output: str, what: str) -> None:
-    parser.add_argument("flow", nargs="?", default="digits", help="folder of a flow, bundled name, hf-hub:… (digits)")
-    parser.add_argument("--dataset", help="digits or fashion_mnist; default: what the flow was trained on")
-    parser.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
-    parser.add_argument("--split", default=split, choices=("train", "val"), help=f"which images ({split})")
+    data_options(parser, split)
     parser.add_argument("--rank", type=int, help="leading class axes to move along; default: all fitted")
     parser.add_argument("--luminance", action="store_true", help="let a grey flow move the luminance of RGB images")
     parser.add_argument("--output", type=Path, default=Path(output), help=f"{what} ({output})")
@@ -89,9 +89,7 @@ def preview_flow(args: argparse.Namespace) -> None:
 def evaluate_flow(args: argparse.Namespace) -> None:
     """Write the label-preservation report and say where it is."""
     data, transform = _open(args)
-    if len(data) > args.max_images:
-        generator = torch.Generator().manual_seed(args.seed)
-        data = data.subset(torch.randperm(len(data), generator=generator)[: args.max_images].sort().values.numpy())
+    data = random_subset(data, args.max_images, args.seed)
     channels = max(data.channels, transform.flow.event_shape[0])
     size = (args.image_size,) * 2 if args.image_size else tuple(transform.flow.event_shape[1:])
     oracle = _oracle(args, data, size, channels)
@@ -107,7 +105,7 @@ def export_images(args: argparse.Namespace) -> None:
     """Write the copies and say how many."""
     options = {name: getattr(args, name) for name in ("p", "alpha", "partner")}
     data, transform = _open(args, **options)
-    settings = {**options, "rank": args.rank, "luminance": args.luminance, "flow": _identity(args.flow)}
+    settings = {**options, "rank": args.rank, "luminance": args.luminance, "flow": identity(args.flow)}
     names = ("copies", "originals", "split", "seed")
     chosen = {name: getattr(args, name) for name in names}
     counts = export(transform, data, args.output, layout=args.format, settings=settings, **chosen)
@@ -118,20 +116,13 @@ def export_images(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace, **options) -> tuple[ImageDataset, FlowMixupTransform]:
-    name, folder = _data_of(args)
+    name, folder = data_of(args)
     data = load_dataset(name, folder, args.split)
     names = {"class_names": data.class_names}
     transform = FlowMixupTransform.from_pretrained(
         args.flow, rank=args.rank, luminance=args.luminance, **names, **options
     )
     return data, transform
-
-
-def _data_of(args: argparse.Namespace) -> tuple[str | None, str | Path | None]:
-    if args.dataset or args.data_dir:
-        return args.dataset, args.data_dir
-    recipe = read_config(args.flow).get("recipe", {})
-    return recipe.get("dataset"), recipe.get("data_dir")
 
 
 def _oracle(args: argparse.Namespace, data: ImageDataset, size: tuple[int, int], channels: int) -> Oracle:
@@ -141,14 +132,9 @@ def _oracle(args: argparse.Namespace, data: ImageDataset, size: tuple[int, int],
         raise ValueError("--oracle-checkpoint needs --oracle, the timm model that the weights belong to")
     if args.split == "train":
         raise ValueError("the small oracle trains on the train split; judge --split val, or give an --oracle")
-    name, folder = _data_of(args)
+    name, folder = data_of(args)
     cache = args.output.parent / "oracles"
     return small_oracle(load_dataset(name, folder, "train"), cache, size, channels, args.oracle_steps, args.seed)
-
-
-def _identity(flow: str) -> str:
-    """What tells the weights and axes of one flow from another's."""
-    return "-".join(digest[:16] for digest in read_config(flow)["sha256"].values())
 
 
 def main(argv: list[str] | None = None) -> None:

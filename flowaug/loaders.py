@@ -124,7 +124,7 @@ class SeededImages(Dataset):
 
 def seed_everything(*numbers: int) -> None:
     """Seed the global CPU generators, which transforms and layers of other libraries draw from, by several numbers."""
-    seed = _mix_seed(*numbers)
+    seed = mix_seed(*numbers)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -167,7 +167,7 @@ def _share(count, shuffle, seed, epoch, even, rank, world_size) -> torch.Tensor:
     """The indices that ``rank`` visits in ``epoch``: a strided share of an order that all ranks agree on."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} and world_size {world_size}; expected 0 <= rank < world_size")
-    generator = torch.Generator().manual_seed(_mix_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
     order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
     return order[: count // world_size * world_size if even else count][rank::world_size]
 
@@ -183,6 +183,6 @@ def check_batch_size(batch_size: int, share: int, drop_last: bool) -> None:
         )
 
 
-def _mix_seed(*numbers: int) -> int:
+def mix_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers; unlike a sum, (0, 1) and (1, 0) give different ones."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

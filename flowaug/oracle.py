@@ -1,4 +1,4 @@
-"""The classifier that judges augmented images: any timm checkpoint, or a small model trained on the spot and kept."""
+"""Classifiers that judge images: any timm checkpoint, or a small model trained on the spot and kept."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from flowaug.checkpoint import pack, write_atomic
 from flowaug.classifier import BatchPipeline
 from flowaug.data import ImageDataset, batches, stack_images
-from flowaug.fitting import random_shift
+from flowaug.fitting import random_hflip, random_shift
 
 SMALL_MODEL, SMALL_STEPS, SMALL_BATCH = "test_resnet", 300, 64
 
@@ -36,23 +36,57 @@ class Oracle:
         self.model, self.name = model.eval().requires_grad_(False), name
         self.pipeline = BatchPipeline(input_size, mean, std)
 
+    @classmethod
+    def of(cls, model: nn.Module, name: str, channels: int | None = None, size: int | None = None) -> "Oracle":
+        """Take a timm model with the normalisation and size of its own data configuration.
+
+        Args:
+            model: a timm model.
+            name: what reports call it.
+            channels: channels it was made for, where they differ from its configuration's.
+            size: height and width to give it; default: the model's own.
+        """
+        config = resolve_model_data_config(model)
+        channels = channels or config["input_size"][0]
+        mean, std = (v if channels == 3 else (sum(v) / len(v),) for v in (config["mean"], config["std"]))
+        shape = config["input_size"][1:] if size is None else (size, size)
+        return cls(model, (channels, *shape), mean, std, name)
+
+    def to(self, device: torch.device | str) -> "Oracle":
+        """Move model and constants to a device, in place."""
+        self.model.to(device)
+        self.pipeline.to(device)
+        return self
+
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """The most likely label (B,) of each image (B, 1 or C, H, W) in [0, 1]."""
+        return self.model(self._input(x)).argmax(1)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate features (B, d), what the last layer sees, of images (B, 1 or C, H, W) in [0, 1]."""
+        if not (hasattr(self.model, "forward_features") and hasattr(self.model, "forward_head")):
+            kind = type(self.model).__name__
+            raise ValueError(f"{kind} has no forward_features and forward_head to stop at; take a model of timm")
+        x = self.model.forward_features(self._input(x))
+        return self.model.forward_head(x, pre_logits=True).flatten(1)
+
+    def _input(self, x: Tensor) -> Tensor:
         channels = self.pipeline.input_size[0]
         if x.shape[1] not in (1, channels):
             raise ValueError(f"the oracle takes {channels} channels but the images have {x.shape[1]}; use another one")
-        return self.model(self.pipeline.normalise(x.expand(-1, channels, -1, -1))).argmax(1)
+        return self.pipeline.normalise(x.to(self.pipeline.mean.device).expand(-1, channels, -1, -1))
 
 
 def load_oracle(
-    name: str, num_classes: int, channels: int = 3, checkpoint: Path | None = None, size: int | None = None
+    name: str, num_classes: int | None, channels: int = 3, checkpoint: Path | None = None, size: int | None = None
 ) -> Oracle:
     """Load a trained timm model.
 
     Args:
         name: timm model with weights of its own, ``hf-hub:``, ``local-dir:``, or the architecture of ``checkpoint``.
-        num_classes: classes K that the model must know, in the order of the data set.
+        num_classes: classes K that the model must know, in the order of the data set; None for its features alone.
         channels: channels of the images that ``checkpoint`` was trained on.
         checkpoint: weights (.safetensors, or a .pth that holds tensors only).
         size: height and width to give it; default: the model's own.
@@ -71,16 +105,12 @@ def load_oracle(
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the oracle {name!r} cannot be loaded: {reason}") from error
-    if model.num_classes != num_classes:
+    if num_classes not in (None, model.num_classes):
         raise ValueError(
             f"the oracle {name!r} knows {model.num_classes} classes but the data set has {num_classes}; give a "
             "checkpoint of this data set, or leave the oracle out to train a small one"
         )
-    config = resolve_model_data_config(model)
-    channels = channels if checkpoint else config["input_size"][0]
-    mean, std = (v if channels == 3 else (sum(v) / len(v),) for v in (config["mean"], config["std"]))
-    shape = config["input_size"][1:] if size is None else (size, size)
-    return Oracle(model, (channels, *shape), mean, std, name)
+    return Oracle.of(model, name, channels if checkpoint else None, size)
 
 
 def small_oracle(
@@ -102,43 +132,72 @@ def small_oracle(
         seed: seed of weights, order and shifts.
     """
     path = cache / f"{train.name}-{_key(train, image_size, channels, steps, seed)}.safetensors"
-    side = max(32, min(64, max(image_size)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model(SMALL_MODEL, num_classes=len(train.class_names), in_chans=channels)
-        oracle = Oracle(model, (channels, side, side), (0.5,), (0.5,), f"{SMALL_MODEL}, {steps} steps on {train.name}")
+        oracle = untrained(model, channels, image_size, f"{SMALL_MODEL}, {steps} steps on {train.name}")
         if path.is_file():
             model.load_state_dict(load_file(path))
             return oracle
-        _fit(oracle, stack_images(train, image_size, channels), torch.as_tensor(train.targets), steps, seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        images = stack_images(train, image_size, channels)
+        fit(oracle, images, train.targets, optimizer, scheduler, SMALL_BATCH, seed, smoothing=0.1)
     write_atomic(path, pack(model.state_dict()))
     return oracle
 
 
-def _key(train: ImageDataset, *settings) -> str:
-    return hashlib.sha256(json.dumps([train.fingerprint(), SMALL_MODEL, SMALL_BATCH, settings]).encode()).hexdigest()[
-        :12
-    ]
+def untrained(model: nn.Module, channels: int, image_size: tuple[int, int], name: str) -> Oracle:
+    """An oracle still to be fitted: images come in at 32 to 64 pixels a side, centred on 0."""
+    side = max(32, min(64, max(image_size)))
+    return Oracle(model, (channels, side, side), (0.5,), (0.5,), name)
 
 
-def _fit(oracle: Oracle, images: Tensor, targets: Tensor, steps: int, seed: int) -> None:
-    """AdamW on one cosine, images shifted by up to an eighth of their side."""
+def fit(
+    oracle: Oracle,
+    images: Tensor,
+    targets: Tensor,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.OneCycleLR,
+    batch_size: int,
+    seed: int,
+    hflip: float = 0.0,
+    smoothing: float = 0.0,
+) -> None:
+    """Train the model of an oracle on images shifted by up to an eighth of their side, one cycle of the schedule.
+
+    Args:
+        oracle: its model is trained in place, and frozen again.
+        images: uint8 (N, C, H, W).
+        targets: labels (N,).
+        optimizer: of the model's parameters.
+        scheduler: its schedule, which says how many steps there are.
+        batch_size: images per step; N where there are fewer.
+        seed: seed of order, shifts and mirrors.
+        hflip: probability that an image is mirrored left to right.
+        smoothing: label smoothing.
+    """
     model, generator = oracle.model.train().requires_grad_(True), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    stream = _endless(images, targets, seed)
-    for _ in tqdm(range(steps), "training an oracle", leave=False, delay=2):
+    stream = _endless(images, torch.as_tensor(targets), batch_size, seed)
+    for _ in tqdm(range(scheduler.total_steps), "training a classifier", leave=False, delay=2):
         x, y = next(stream)
         x = random_shift(x, max(images.shape[2:]) // 8, generator)
-        F.cross_entropy(model(oracle.pipeline.normalise(x)), y, label_smoothing=0.1).backward()
+        x = random_hflip(x, hflip, generator) if hflip else x
+        logits = model(oracle._input(x))
+        F.cross_entropy(logits, y.to(logits.device), label_smoothing=smoothing).backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
     model.eval().requires_grad_(False)
 
 
-def _endless(images: Tensor, targets: Tensor, seed: int):
-    size, epoch = min(SMALL_BATCH, len(images)), 0
+def _key(train: ImageDataset, *settings) -> str:
+    named = json.dumps([train.fingerprint(), SMALL_MODEL, SMALL_BATCH, settings])
+    return hashlib.sha256(named.encode()).hexdigest()[:12]
+
+
+def _endless(images: Tensor, targets: Tensor, batch_size: int, seed: int):
+    size, epoch = min(batch_size, len(images)), 0
     while True:
         yield from batches(images, targets, size, shuffle=True, seed=seed, epoch=epoch, drop_last=True)
         epoch += 1

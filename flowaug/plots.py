@@ -1,4 +1,4 @@
-"""Grids and curves as PNG files, drawn without pyplot: no global state, no display."""
+"""Grids, curves and scatters as PNG files, drawn without pyplot: no global state, no display."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from flowaug.checkpoint import write_atomic
@@ -21,6 +22,10 @@ WIDEST_CELL = 160  # images grow no further for the sake of long column labels
 GAP, WIDE_GAP, MARGIN = 4, 16, 12  # pixels
 FONT, TITLE_FONT, INK = 9, 11, "#222222"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
+CLASS_COLOURS = (*COLOURS, "#000000", "#8C564B", "#888888", "#6A3D9A")
+MARKERS = "os^Dv<>p"  # times the colours: 80 looks of a class
+LEGEND_ROWS, LEGEND_MOST = 24, 80
+HALO = [withStroke(linewidth=3, foreground="white")]
 
 Images = np.ndarray | torch.Tensor
 
@@ -102,12 +107,59 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
         panel.set_title(None if ylabel else name, fontsize=FONT + 1, color=INK, parse_math=False)
     for panel in panels:
         _style(panel, xlabel, ylabel)
+        if all(float(x).is_integer() for line in panel.lines for x in line.get_xdata()):
+            panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if ylabel and len(series) > 1:
-        for text in panels[0].legend(frameon=False, fontsize=FONT).get_texts():
-            text.set_parse_math(False)
+        _legend(panels[0])
     if title:
         figure.suptitle(title, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
     return _save(figure, Path(path))
+
+
+def scatter(points: np.ndarray, labels: Sequence[int], names: Sequence[str], path, title=None, axes=("", "")) -> Path:
+    """Write points in the plane as PNG, a colour and marker for each class; of ten or fewer the names in place as well.
+
+    Args:
+        points: (N, 2).
+        labels: class of each point, in ``0 .. len(names) - 1``.
+        names: the name of each class, for the legend; beyond 80 classes there is none, and looks repeat.
+        path: the PNG.
+        title: a line above.
+        axes: what x and y are.
+
+    Raises:
+        ValueError: points of another shape, or not one label each.
+    """
+    points, labels = np.asarray(points), np.asarray(labels)
+    if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
+        raise ValueError(f"points have shape {points.shape}, labels {labels.shape}; expected (N, 2) and (N,)")
+    shown = np.unique(labels)
+    columns = -(-len(shown) // LEGEND_ROWS) if len(shown) <= LEGEND_MOST else 0
+    figure = Figure(figsize=(6.4 + 1.1 * columns, 5.6), dpi=DPI, facecolor="white", layout="constrained")
+    panel = figure.subplots()
+    for k in shown:
+        _draw_class(panel, points[labels == k], k, str(names[k]), named=len(shown) <= len(CLASS_COLOURS))
+    _style(panel, *axes)
+    if columns:
+        _legend(panel, loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, handletextpad=0.3)
+    if title:
+        style = {"fontsize": TITLE_FONT, "fontweight": "bold", "color": INK}
+        panel.set_title(textwrap.fill(title, 70), loc="left", pad=10, parse_math=False, **style)
+    return _save(figure, Path(path))
+
+
+def _draw_class(panel, points: np.ndarray, k: int, name: str, named: bool) -> None:
+    colour, marker = CLASS_COLOURS[k % len(CLASS_COLOURS)], MARKERS[k // len(CLASS_COLOURS) % len(MARKERS)]
+    label = textwrap.fill(name, 18)
+    panel.scatter(*points.T, s=20, alpha=0.75, lw=0, c=colour, marker=marker, label=label)
+    if named:
+        style = {"fontsize": FONT + 1, "fontweight": "bold", "ha": "center", "va": "center"}
+        panel.text(*np.median(points, 0), label, color=colour, path_effects=HALO, parse_math=False, **style)
+
+
+def _legend(panel, **style) -> None:
+    for text in panel.legend(frameon=False, fontsize=FONT, **style).get_texts():
+        text.set_parse_math(False)
 
 
 def _to_uint8(images: Images) -> np.ndarray:
@@ -184,8 +236,6 @@ def _style(panel, xlabel: str, ylabel: str | None) -> None:
     panel.grid(color="#e6e6e6", lw=0.7)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-    if all(float(x).is_integer() for line in panel.lines for x in line.get_xdata()):
-        panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -1,7 +1,7 @@
 """What a training leaves for people and machines: metrics, pictures, the folder of a flow and its model card."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from flowaug.checkpoint import pack, save_flow, write_atomic, write_json
 from flowaug.fitting import ImageTable, fit_pca
 from flowaug.flow import Flow
+from flowaug.generation import sample
 from flowaug.mixup import MixPlan
 from flowaug.moments import ClassMoments
 from flowaug.pca import ClasswisePCA
@@ -138,7 +139,7 @@ def write_flow_folder(
 
 def draw_flow(flow: Flow, pca: ClasswisePCA, val: ImageTable, folder: Path) -> None:
     """Draw ``samples.png`` and ``augmented.png``, the latter of images of the val split."""
-    draw_samples(flow, folder / "samples.png", flow.gaussians.mean.device)
+    draw_samples(flow, folder / "samples.png")
     chosen = one_per_class(val.targets)
     transform = FlowMixupTransform(flow, pca)
     draw_augmented(transform, val.images[chosen].float() / 255, val.targets[chosen], folder / "augmented.png")
@@ -157,14 +158,35 @@ def one_per_class(targets: Tensor, limit: int = 10) -> Tensor:
     return torch.stack([(targets == label).nonzero()[0, 0] for label in targets.unique()[:limit]])
 
 
-def draw_samples(flow: Flow, path: Path, device: torch.device, temperature: float = 0.7, columns: int = 8) -> Path:
-    """Draw class-conditional samples as PNG, a row per class (ten at most)."""
-    classes = min(flow.gaussians.num_classes, 10)
-    y = torch.arange(classes, device=device).repeat_interleave(columns)
-    images = flow.sample(y, temperature, torch.Generator(device).manual_seed(0))
-    labels = [flow.class_names[i] if flow.class_names else str(i) for i in range(classes)]
-    title = f"samples at temperature {temperature}"
-    return image_grid(images.unflatten(0, (classes, columns)), path, row_labels=labels, title=title)
+def draw_samples(
+    flow: Flow,
+    path: Path,
+    temperature: float = 0.7,
+    columns: int = 8,
+    classes: int = 10,
+    seed: int = 0,
+    gaussians: ClasswisePCA | None = None,
+) -> Path:
+    """Draw class-conditional samples as PNG, a row per class.
+
+    Args:
+        flow: a trained flow of images.
+        path: the PNG.
+        temperature: scales the covariance.
+        columns: samples of each class.
+        classes: classes to show, the first ones.
+        seed: seed of the draws.
+        gaussians: full class covariances to draw from (``flowaug.generation.rfcm``); None for the flow's own.
+    """
+    rows = min(flow.gaussians.num_classes, classes)
+    images = sample(flow, torch.arange(rows).repeat_interleave(columns), temperature, seed, gaussians)
+    title = f"samples at temperature {temperature:g}" + (", full class covariances" if gaussians else "")
+    return image_grid(images.unflatten(0, (rows, columns)), path, class_labels(flow, range(rows)), title=title)
+
+
+def class_labels(flow: Flow, labels: Iterable[int]) -> list[str]:
+    """What pictures call the classes: their names, or numbers where the flow knows none."""
+    return [flow.class_names[k] if flow.class_names else str(k) for k in labels]
 
 
 def draw_augmented(transform: FlowMixupTransform, x: Tensor, y: Tensor, path: Path) -> Path:
@@ -179,8 +201,7 @@ def draw_augmented(transform: FlowMixupTransform, x: Tensor, y: Tensor, path: Pa
     device = transform.pca.axes.device
     x, y = x.to(device), y.to(device)
     augmented = {w: transform.pixels(transform.apply(x, y, fixed_plan(transform, y, w))) for w in PREVIEW_WEIGHTS}
-    names = transform.flow.class_names
-    labels = [names[i] if names else str(i) for i in y.tolist()]
+    labels = class_labels(transform.flow, y.tolist())
     title = "flow mixup with a training image of the same class; w = share of the partner"
     return augmentation_grid(transform.pixels(x), None, augmented, labels, path, title=title)
 

@@ -120,3 +120,39 @@ def fpi_sweep(mean, variance, data_mean, data_variance, kld_weight, alpha, pi, d
     terms = fpi_terms(mean, variance, data_mean, data_variance, kld_weight, alpha, pi)
     target = (terms["B+"] / terms["A+"]).sqrt()
     return (1 - damp) * mean + damp * terms["mean"], variance ** (1 - damp) * target**damp
+
+
+def frechet_distance(real, fake):
+    """|m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½) with S over n - 1 and the root as a matrix, tr((√S1 S2 √S1)^½)."""
+    means, covariances = [], []
+    for x in (real.double(), fake.double()):
+        means.append(sum(x) / len(x))
+        covariances.append(sum(torch.outer(row - means[-1], row - means[-1]) for row in x) / (len(x) - 1))
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    return ((means[0] - means[1]) ** 2).sum() + covariances[0].trace() + covariances[1].trace() - 2 * shared
+
+
+def density_and_coverage(real, fake, k):
+    """Naeem et al. 2020 one pair at a time: neighbourhoods of the real samples, strictly inside."""
+    inside = 0
+    covered = 0
+    for i, point in enumerate(real.double()):
+        others = sorted(float((point - other).square().sum()) for j, other in enumerate(real.double()) if j != i)
+        within = sum(float((point - other).square().sum()) < others[k - 1] for other in fake.double())
+        inside += within
+        covered += within > 0
+    return inside / (k * len(fake)), covered / len(real)
+
+
+def interpolate_one(a, b, centre_a, centre_b, w, path):
+    """One point between two latents (D,), about a centre that moves on the straight line: SPEC §4, Shoemake 1985."""
+    p, q = a.double() - centre_a.double(), b.double() - centre_b.double()
+    centre = (1 - w) * centre_a.double() + w * centre_b.double()
+    if path == "linear":
+        return centre + (1 - w) * p + w * q
+    if path == "rescaled":
+        return centre + ((1 - w) * p + w * q) / ((1 - w) ** 2 + w**2) ** 0.5
+    angle = torch.acos(p @ q / (p.norm() * q.norm()))
+    return centre + (torch.sin((1 - w) * angle) * p + torch.sin(w * angle) * q) / torch.sin(angle)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowaug.plots import _readable_scale, augmentation_grid, curves, image_grid
+from flowaug.plots import CLASS_COLOURS, LEGEND_MOST, _readable_scale, augmentation_grid, curves, image_grid, scatter
 
 
 def read(path):
@@ -96,6 +96,27 @@ def test_curves_share_a_panel_only_with_a_ylabel(tmp_path):
     assert colours(read(apart)[:, 420:]) & {BLUE, ORANGE} == {ORANGE}
 
 
+def test_scatter_shows_every_class_in_its_colour_with_its_name(tmp_path):
+    points, labels = np.random.default_rng(0).normal(size=(60, 2)) * 5, np.arange(60) % 3
+    names = [r"$\ant$", "bee", "cat", "never seen"]
+    picture = read(scatter(points, labels, names, tmp_path / "a.png", r"$\t$ " * 30, ("x", "y")))
+    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in CLASS_COLOURS[:4]]
+    assert colours(picture) >= set(rgb[:3])  # the names are opaque
+    assert rgb[3] not in colours(picture)
+    other = read(scatter(points, labels, ["x" * 60, *names[1:]], tmp_path / "b.png"))
+    assert other.shape == picture.shape
+    for edge in (picture[:3], picture[-3:], picture[:, :3], picture[:, -3:], other[:, -3:]):
+        assert edge.min() == 255
+
+
+def test_scatter_of_many_classes_has_no_names(tmp_path):
+    count = LEGEND_MOST + 1
+    points, names = np.random.default_rng(0).normal(size=(count, 2)), [str(k) for k in range(count)]
+    some = read(scatter(points[1:], np.arange(count)[1:], names, tmp_path / "some.png"))
+    assert some.shape[1] == 640 + 4 * 110
+    assert read(scatter(points, np.arange(count), names, tmp_path / "many.png")).shape[1] == 640
+
+
 def test_nothing_half_written_is_left_and_the_old_file_survives(tmp_path, monkeypatch):
     path = image_grid(squares(1, 1, 1, 8, 8), tmp_path / "grid.png")
     old = path.read_bytes()
@@ -131,6 +152,8 @@ BAD = [
         r"shapes differ: .*'w = 0.5': \(2, 1",
     ),
     (lambda p: curves({}, p), r"series is empty: expected name: \(xs, ys\)"),
+    (lambda p: scatter(np.zeros((4, 3)), np.zeros(4, int), "ab", p), r"points have shape \(4, 3\), labels \(4,\)"),
+    (lambda p: scatter(np.zeros((4, 2)), np.zeros(3, int), "ab", p), r"expected \(N, 2\) and \(N,\)"),
     (lambda p: curves({"loss": ([1, 2], [1])}, p), r"series \['loss'\]: .* as many xs as ys"),
 ]
 
