@@ -35,7 +35,7 @@ from flowaug.loaders import endless_batches
 from flowaug.options import check_disagreements, classifier_parser
 from flowaug.plan import classifier_plan
 from flowaug.real_labels import RealLabels
-from flowaug.recipes import classifier_recipe, deciding_options, fill_in, given_data_options, load_split
+from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, RunningMean, draw_augmented
 from flowaug.state import Run
 from flowaug.streams import count_skipped
@@ -43,21 +43,17 @@ from flowaug.trackers import create_accelerator, start_tracking
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; options left out come from the recipe of the data set."""
-    args = classifier_parser(__doc__).parse_args(argv)
-    args.dataset = args.dataset or (None if args.data_dir else "digits")
-    check_disagreements(args)
-    fill_in(args, _recipe(args))
-    return args
+    """Read the command line; options left out come from the recipe."""
+    return parse_with_recipe(classifier_parser(__doc__), argv, "classifier", settle_recipe)
 
 
-def _recipe(args: argparse.Namespace) -> dict:
-    recipe = classifier_recipe(args.dataset)
-    if args.epochs or args.steps:
-        recipe.pop("epochs", None), recipe.pop("steps", None)
-    if args.model and args.model != recipe["model"]:
-        recipe.pop("img_size", None), recipe.pop("pretrained", None)
-    return recipe
+def settle_recipe(given: argparse.Namespace, recipe: dict) -> dict:
+    """What the recipe comes to beside the options given: another length or model takes some of it back."""
+    check_disagreements(given)
+    taken = {"epochs", "steps"} if given.epochs or given.steps else set()
+    if given.model and given.model != recipe["model"]:
+        taken |= {"img_size", "pretrained", "model_kwargs"}
+    return {name: value for name, value in recipe.items() if name not in taken}
 
 
 def find_flow(args: argparse.Namespace, dataset, accelerator: Accelerator) -> str | Path:
@@ -221,7 +217,9 @@ def seed_step(seed: int, step: int, part: int, rank: int, flow_mixup: FlowMixupT
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the classifier."""
-    return deciding_options(args, skip=("output", "resume", "save_every", "cpu", "workers", "log_with", "dry_run"))
+    return deciding_options(
+        args, skip=("output", "resume", "save_every", "cpu", "workers", "log_with", "dry_run", "recipe", "quick")
+    )
 
 
 def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:

@@ -24,12 +24,12 @@ from flowaug.classifier import train_transform
 from flowaug.data import create_loader
 from flowaug.fitting import AveragedFlow, ImageTable, evaluate, fit_pca, random_hflip, random_shift, reduced
 from flowaug.host import keep_freed_memory
-from flowaug.inherit import settle_init_from, start_from
+from flowaug.inherit import inherited_options, start_from
 from flowaug.loaders import batches, endless_batches
 from flowaug.moments import ClassMoments
 from flowaug.options import flow_parser
 from flowaug.plan import flow_plan
-from flowaug.recipes import deciding_options, fill_in, flow_recipe, load_split
+from flowaug.recipes import deciding_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, draw_progress, write_flow_folder
 from flowaug.schedule import ESTIMATOR_DEFAULTS, GaussianSchedule, check_gaussian_options, settle_gaussian_options
 from flowaug.state import Run
@@ -40,19 +40,31 @@ INIT_BATCH = 512
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; options left out are None until the recipe fills them in."""
-    args = flow_parser(__doc__).parse_args(argv)
-    args.dataset = args.dataset or (None if args.data_dir else "digits")
-    check_gaussian_options(args)
-    settle_init_from(args)
-    fill_in(args, ESTIMATOR_DEFAULTS.get(args.estimator, {}))
-    fill_in(args, flow_recipe(args.dataset))
-    return args
+    """Read the command line; options left out come from the recipe."""
+    return parse_with_recipe(flow_parser(__doc__), argv, "flow", settle_recipe)
+
+
+def settle_recipe(given: argparse.Namespace, recipe: dict) -> dict:
+    """What the recipe comes to beside the options given: --init-from and --estimator decide some of it."""
+    check_gaussian_options(given)
+    return recipe | ESTIMATOR_DEFAULTS.get(given.estimator, {}) | inherited_options(given)
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the trained flow."""
-    skip = ("output", "resume", "save_every", "cpu", "eval_every", "recompute", "workers", "log_with", "dry_run")
+    skip = (
+        "output",
+        "resume",
+        "save_every",
+        "cpu",
+        "eval_every",
+        "recompute",
+        "workers",
+        "log_with",
+        "dry_run",
+        "recipe",
+        "quick",
+    )
     return deciding_options(args, skip)
 
 

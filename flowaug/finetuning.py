@@ -64,8 +64,8 @@ def _takes_img_size(name: str, options: dict) -> bool:
 def _weights(args: argparse.Namespace) -> dict:
     """How timm is to find the weights."""
     if args.checkpoint is None:
-        published = timm.models.is_model_pretrained(args.model)
-        return {"pretrained": published if args.pretrained is None else args.pretrained}
+        published = timm.models.is_model_pretrained(args.model) if args.pretrained is None else args.pretrained
+        return {"pretrained": published and not args.dry_run}  # a plan downloads nothing
     tensors = read_checkpoint(args.checkpoint, args.model, args.model_kwargs)
     config = timm.models.get_pretrained_cfg(args.model.split(":")[-1])
     head = tensors.get(f"{_head(config)}.weight")

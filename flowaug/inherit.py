@@ -6,8 +6,8 @@ from flowaug.checkpoint import load_flow, read_config
 from flowaug.flow import Flow
 
 
-def settle_init_from(args: argparse.Namespace) -> None:
-    """Take architecture and image size from the flow of ``--init-from``, in place; without one nothing is done.
+def inherited_options(given: argparse.Namespace) -> dict:
+    """Options that the flow of ``--init-from`` decides: architecture and image size; nothing without one.
 
     Its latents are ready, so the class Gaussians are solved for before the first step unless ``--solve-at`` is given.
 
@@ -15,18 +15,17 @@ def settle_init_from(args: argparse.Namespace) -> None:
         ValueError: options that the trained flow decides were given as well.
         FileNotFoundError: no such flow.
     """
-    if not args.init_from:
-        return
-    config = read_config(args.init_from)
-    given = [name for name in ("model", "coupling", "image_size", "model_kwargs") if getattr(args, name)]
-    if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"--init-from {args.init_from} decides {names}; leave them out")
-    args.model, args.image_size = config["architecture"], config["event_shape"][-1]
-    args.model_kwargs = dict(config["overrides"])
-    args.coupling = args.model_kwargs.pop("coupling", "")  # empty, not None: no recipe fills it in
-    if args.solve_at is None and args.estimator in ("fpi", "gradient", "data"):
-        args.solve_at = 0
+    if not given.init_from:
+        return {}
+    config = read_config(given.init_from)
+    twice = [name for name in ("model", "coupling", "image_size", "model_kwargs") if getattr(given, name)]
+    if twice:
+        names = ", ".join("--" + name.replace("_", "-") for name in twice)
+        raise ValueError(f"--init-from {given.init_from} decides {names}; leave them out")
+    kwargs = dict(config["overrides"])
+    decided = {"model": config["architecture"], "image_size": config["event_shape"][-1]}
+    decided |= {"coupling": kwargs.pop("coupling", None), "model_kwargs": kwargs}
+    return decided | ({"solve_at": 0} if given.estimator in ("fpi", "gradient", "data") else {})
 
 
 def start_from(flow: Flow, source: str) -> None:

@@ -70,7 +70,11 @@ def check_disagreements(args: argparse.Namespace) -> None:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--recipe", type=Path, metavar="YAML", help="where options left out come from (the data set's)")
+    group.add_argument("--quick", action="store_true", help="the recipe's quick mode: a try that any machine can run")
+    return parser
 
 
 def _add_flow_options(parser) -> None:

@@ -1,125 +1,79 @@
-"""Default recipes, one per data set: what the scripts use where the command line is silent.
+"""Recipes: documents in ``recipes/*.yaml`` that hold the options of both scripts where the command line is silent.
 
-A flow recipe holds the options of ``train_flow.py``, a classifier recipe those of ``finetune.py``; "default" serves
-every data set without one of its own.
+A document says in words what it is (``about, command, hardware, hours, expect``), and has the options of
+``train_flow.py`` under ``flow``, those of ``finetune.py`` under ``classifier``, and under ``quick`` what differs in a
+try that any machine can run. The recipe named after a data set is its default, ``default.yaml`` serves all others.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 from flowaug.data import load_dataset
 
-FLOW_RECIPES = {
-    "default": {
-        "model": "mef_small",
-        "coupling": "affine",
-        "image_size": 32,
-        "steps": 20_000,
-        "max_epochs": 400,
-        "batch_size": 128,
-        "lr": 5e-3,
-        "warmup_steps": 500,
-        "solve_at": 500,
-        "kld_weight": 10.0,
-        "rank": 64,
-        "shift": 2,
-        "hflip": 0.5,
-    },
-    "digits": {
-        "model": "mef_tiny",
-        "coupling": "affine",
-        "image_size": 8,
-        "steps": 2000,
-        "max_epochs": 400,
-        "batch_size": 64,
-        "lr": 5e-3,
-        "warmup_steps": 50,
-        "solve_at": 100,
-        "kld_weight": 10.0,
-        "rank": 32,
-        "shift": 1,
-        "hflip": 0.0,
-    },
-    "fashion_mnist": {
-        "model": "mef_tiny",
-        "coupling": "affine",
-        "image_size": 28,
-        "steps": 2000,
-        "max_epochs": 400,
-        "batch_size": 64,
-        "lr": 5e-3,
-        "warmup_steps": 50,
-        "solve_at": 100,
-        "kld_weight": 10.0,
-        "rank": 64,
-        "shift": 1,
-        "hflip": 0.5,
-    },
-}
+FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+WORDS = ("about", "command", "hardware", "hours", "expect")
+PARTS = ("flow", "classifier")
 
 
-def flow_recipe(dataset: str | None) -> dict:
-    """Options of ``train_flow.py`` for a data set: its own recipe or the default one."""
-    return dict(FLOW_RECIPES.get(dataset, FLOW_RECIPES["default"]))
+def load_recipe(path: str | Path) -> dict:
+    """Read and check a recipe.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or with parts that no script reads.
+    """
+    path = Path(path)
+    if not path.is_file():
+        here = ", ".join(sorted(p.name for p in FOLDER.glob("*.yaml")))
+        raise FileNotFoundError(f"no recipe at {str(path)!r}; those of {str(FOLDER)!r} are {here}")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML ({error})") from error
+    known = {*WORDS, *PARTS, "quick"}
+    if not isinstance(recipe, dict) or not set(recipe) <= known or not set(recipe.get("quick", {})) <= set(PARTS):
+        raise ValueError(f"{path} is no recipe; it may hold {', '.join(sorted(known))}, quick holds {', '.join(PARTS)}")
+    return recipe
 
 
-CLASSIFIER_RECIPES = {
-    "default": {
-        "model": "resnet18",
-        "epochs": 10,
-        "batch_size": 64,
-        "opt": "adamw",
-        "lr": 1e-3,
-        "weight_decay": 0.05,
-        "warmup_share": 0.05,
-        "scale": (0.35, 1.0),
-        "ratio": (0.75, 1.3333),
-        "hflip": 0.5,
-        "flow_aug_p": 0.5,
-    },
-    "digits": {
-        "model": "test_resnet",
-        "img_size": 32,
-        "pretrained": False,
-        "steps": 400,
-        "batch_size": 64,
-        "opt": "adamw",
-        "lr": 2e-3,
-        "weight_decay": 0.05,
-        "warmup_share": 0.1,
-        "scale": (1.0, 1.0),
-        "ratio": (1.0, 1.0),
-        "hflip": 0.0,
-        "flow_aug_p": 0.5,
-    },
-    "fashion_mnist": {
-        "model": "resnet10t",
-        "img_size": 32,
-        "pretrained": False,
-        "epochs": 10,
-        "batch_size": 64,
-        "opt": "adamw",
-        "lr": 2e-3,
-        "weight_decay": 0.05,
-        "warmup_share": 0.1,
-        "scale": (1.0, 1.0),
-        "ratio": (1.0, 1.0),
-        "hflip": 0.5,
-        "flow_aug_p": 0.5,
-    },
-}
+def recipe_options(part: str, options: argparse.Namespace) -> dict:
+    """Options of ``part``, "flow" or "classifier", from ``--recipe``, or from the recipe of ``--dataset``."""
+    own = FOLDER / f"{options.dataset or ('default' if options.data_dir else 'digits')}.yaml"
+    by_data = load_recipe(own if own.is_file() else FOLDER / "default.yaml")
+    recipe = load_recipe(options.recipe) if options.recipe else by_data
+    quick = recipe.get("quick", {}).get(part, {}) if options.quick else {}
+    return recipe.get(part, by_data[part]) | quick
 
 
-def classifier_recipe(dataset: str | None) -> dict:
-    """Options of ``finetune.py`` for a data set: its own recipe or the default one."""
-    return dict(CLASSIFIER_RECIPES.get(dataset, CLASSIFIER_RECIPES["default"]))
+def parse_with_recipe(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    part: str,
+    adjust: Callable[[argparse.Namespace, dict], dict],
+) -> argparse.Namespace:
+    """Parse a command line, its recipe standing in for what was left out.
 
+    Args:
+        parser: of one of the scripts.
+        argv: the command line, None for that of the process.
+        part: "flow" or "classifier".
+        adjust: takes what was given and the recipe's options and returns the options to use.
 
-def fill_in(options, recipe: dict) -> None:
-    """Give every option of a command line that was left out (None) the recipe's value, in place."""
-    for name, value in recipe.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    Raises:
+        ValueError: the recipe has an option that the script does not know.
+    """
+    given = parser.parse_args(argv)
+    recipe = adjust(given, recipe_options(part, given))
+    unknown = sorted(set(recipe) - set(vars(given)))
+    if unknown:
+        raise ValueError(f"the recipe {given.recipe or given.dataset} gives the {part} unknown options: {unknown}")
+    parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    args.dataset = args.dataset or (None if args.data_dir else "digits")
+    return args
 
 
 def deciding_options(options, skip: tuple[str, ...]) -> dict:

@@ -6,15 +6,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import finetune
 from flowaug.finetuning import create_classifier, create_optimizer, create_schedule, read_checkpoint
-from flowaug.options import classifier_parser
-from flowaug.recipes import classifier_recipe, fill_in
 
 
 def options(*argv) -> argparse.Namespace:
-    args = classifier_parser("").parse_args([*argv, "--cpu"])
-    fill_in(args, {"model": "test_resnet", "pretrained": False} | classifier_recipe("digits"))
-    return args
+    return finetune.parse_args([*argv, "--cpu", *([] if "--checkpoint" in argv else ["--no-pretrained"])])
 
 
 def rates(args, steps, per_epoch=1):

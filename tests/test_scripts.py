@@ -104,8 +104,8 @@ def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path
 
 def test_finetune_trains_a_missing_flow_once_and_keeps_it(photos, tmp_path, capsys, monkeypatch):
     quick = {"model": "mef_tiny", "image_size": 8, "steps": 4, "solve_at": 2, "rank": 2, "batch_size": 16}
-    monkeypatch.setattr(train_flow, "flow_recipe", lambda name: original(name) | quick)
-    original = __import__("flowaug.recipes", fromlist=["x"]).flow_recipe
+    original = train_flow.settle_recipe
+    monkeypatch.setattr(train_flow, "settle_recipe", lambda given, recipe: original(given, recipe) | quick)
     options = ["--data-dir", str(photos), "--flow-aug", *QUICK]
     finetune.main([*options, "--output", str(tmp_path / "a")])
     assert "training one first" in capsys.readouterr().out

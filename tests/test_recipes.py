@@ -1,0 +1,81 @@
+"""Every recipe is a whole document, and its quick mode runs here."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+import finetune
+import train_flow
+from flowaug.recipes import FOLDER, WORDS, load_recipe, parse_with_recipe
+
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+SCRIPTS = {"flow": train_flow, "classifier": finetune}
+PARTS = [(path, part) for path in RECIPES for part in SCRIPTS if part in load_recipe(path)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_is_and_has_a_quick_mode(path):
+    recipe = load_recipe(path)
+    assert set(WORDS) <= set(recipe)
+    assert set(recipe["quick"]) == set(recipe) & set(SCRIPTS)
+    assert "finetune.py" in recipe["command"]
+
+
+@pytest.mark.parametrize(("path", "part"), PARTS, ids=lambda value: getattr(value, "stem", value))
+def test_every_option_reaches_its_script(path, part):
+    recipe = load_recipe(path)
+    whole, quick = (SCRIPTS[part].parse_args(["--recipe", str(path), *extra]) for extra in ([], ["--quick"]))
+    for name, value in recipe[part].items():
+        assert getattr(whole, name) == value
+    for name, value in recipe["quick"][part].items():
+        assert getattr(quick, name) == value
+    assert quick.dataset == "digits"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_quick_mode_has_a_plan(path, tmp_path, capsys):
+    for part in load_recipe(path)["quick"]:
+        SCRIPTS[part].main(["--recipe", str(path), "--quick", "--dry-run", "--cpu", "--output", str(tmp_path / "out")])
+    assert "digits:" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_goes_before_the_recipe():
+    options = ["--recipe", str(FOLDER / "eva02_imagenet.yaml"), "--lr", "3", "--steps", "7", "--data-dir", "photos"]
+    args = finetune.parse_args(options)
+    assert (args.lr, args.steps, args.epochs, args.dataset_copies, args.dataset) == (3, 7, None, 3, None)
+    other = finetune.parse_args([*options, "--model", "resnet18"])
+    assert (other.pretrained, other.model) == (None, "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flow: {step: 3}", r"unknown options: \['step'\]"),
+        ("flows: {steps: 3}", "is no recipe"),
+        ("flow: [", "not valid YAML"),
+        (None, "no recipe at"),
+    ],
+)
+def test_a_bad_recipe_ends_in_one_sentence(text, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        train_flow.main(["--recipe", str(path), "--cpu", "--output", str(tmp_path / "out")])
+
+
+def test_a_recipe_may_set_what_has_a_default(tmp_path):
+    parser = argparse.ArgumentParser()
+    for name in ("--recipe", "--dataset", "--data-dir"):
+        parser.add_argument(name, type=Path if name == "--recipe" else str)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--speed", type=int, default=1)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("flow: {speed: 5}\nquick: {flow: {speed: 9}}")
+    speeds = [
+        parse_with_recipe(parser, ["--recipe", str(path), *extra], "flow", lambda given, recipe: recipe).speed
+        for extra in ([], ["--speed", "2"], ["--quick"])
+    ]
+    assert speeds == [5, 2, 9]
