@@ -1,4 +1,4 @@
-"""Grids, curves and scatters as PNG files, drawn without pyplot: no global state, no display."""
+"""Grids, curves, intervals and scatters as PNG files, drawn without pyplot: no global state, no display."""
 
 from __future__ import annotations
 
@@ -114,6 +114,42 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
     if title:
         figure.suptitle(title, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
     return _save(figure, Path(path))
+
+
+def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xlabel="", title=None) -> Path:
+    """Write means with their intervals as PNG: a panel for each group, a row for each name, a line at 0.
+
+    Args:
+        panels: group to name to (mean, half the width of its interval); a width that is not finite is not drawn.
+        path: the PNG.
+        xlabel: what is measured.
+        title: a line above.
+
+    Raises:
+        ValueError: no group, or one that is empty.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError(f"panels {list(panels)}: expected at least one, each name: (mean, half width) once or more")
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    size = (2.2 + 2.6 * len(panels), 1.2 + 0.3 * len(names))
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for panel, (group, rows) in zip(row, panels.items(), strict=True):
+        _draw_intervals(panel, rows, names)
+        _style(panel, xlabel, None)
+        panel.set_title(group, fontsize=FONT + 1, color=INK, parse_math=False)
+    row[0].set_yticks(range(len(names)), names, parse_math=False)
+    row[0].invert_yaxis()
+    if title:
+        figure.suptitle(title, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
+    return _save(figure, Path(path))
+
+
+def _draw_intervals(panel, rows: Mapping[str, tuple[float, float]], names: list[str]) -> None:
+    panel.axvline(0, color=INK, lw=0.8)
+    for name, (mean, half) in rows.items():
+        place, half = names.index(name), half if np.isfinite(half) else 0.0
+        panel.errorbar(mean, place, xerr=half, color=COLOURS[0], marker="o", ms=4, capsize=3, lw=1.5)
 
 
 def scatter(points: np.ndarray, labels: Sequence[int], names: Sequence[str], path, title=None, axes=("", "")) -> Path:

@@ -3,7 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
-from flowaug.plots import CLASS_COLOURS, LEGEND_MOST, _readable_scale, augmentation_grid, curves, image_grid, scatter
+from flowaug.plots import (
+    CLASS_COLOURS,
+    LEGEND_MOST,
+    _readable_scale,
+    augmentation_grid,
+    curves,
+    image_grid,
+    intervals,
+    scatter,
+)
 
 
 def read(path):
@@ -96,6 +105,25 @@ def test_curves_share_a_panel_only_with_a_ylabel(tmp_path):
     assert colours(read(apart)[:, 420:]) & {BLUE, ORANGE} == {ORANGE}
 
 
+def blue_columns(picture):
+    """Columns of the picture with a pixel of the first colour."""
+    return np.flatnonzero((picture == BLUE).all(2).any(0))
+
+
+def test_intervals_are_as_wide_as_they_say_about_their_mean(tmp_path):
+    rows = {r"$\flow$": (1.0, 2.0)}, {"flow": (1.0, 1.0)}, {"flow": (1.0, float("inf")), "other": (3.0, 0.0)}
+    wide, narrow, dots = (read(intervals({"all": r}, tmp_path / f"{i}.png", "gain")) for i, r in enumerate(rows))
+    assert np.ptp(blue_columns(wide)) > 100  # the axis is fitted to what is drawn
+    assert len(blue_columns(dots)) < 20  # two markers
+    zero = (wide[wide.shape[0] // 2 - 8] < 100).all(1)
+    place = np.flatnonzero(zero[blue_columns(wide).min() : blue_columns(wide).max()]).mean()
+    assert abs(place / np.ptp(blue_columns(wide)) - 1 / 4) < 0.03  # 0 lies a quarter of the way from −1 to 3
+    assert narrow.shape[1] == dots.shape[1]
+    two = read(intervals({r"$\a": rows[0], "b": {"x": (0.0, 1.0)}}, tmp_path / "two.png", title="gains"))
+    assert two.shape[1] == narrow.shape[1] + 260
+    assert two.shape[0] == narrow.shape[0] + 30
+
+
 def test_scatter_shows_every_class_in_its_colour_with_its_name(tmp_path):
     points, labels = np.random.default_rng(0).normal(size=(60, 2)) * 5, np.arange(60) % 3
     names = [r"$\ant$", "bee", "cat", "never seen"]
@@ -152,6 +180,8 @@ BAD = [
         r"shapes differ: .*'w = 0.5': \(2, 1",
     ),
     (lambda p: curves({}, p), r"series is empty: expected name: \(xs, ys\)"),
+    (lambda p: intervals({}, p), r"panels \[\]: expected at least one"),
+    (lambda p: intervals({"a": {}}, p), r"panels \['a'\]: expected at least one"),
     (lambda p: scatter(np.zeros((4, 3)), np.zeros(4, int), "ab", p), r"points have shape \(4, 3\), labels \(4,\)"),
     (lambda p: scatter(np.zeros((4, 2)), np.zeros(3, int), "ab", p), r"expected \(N, 2\) and \(N,\)"),
     (lambda p: curves({"loss": ([1, 2], [1])}, p), r"series \['loss'\]: .* as many xs as ys"),
