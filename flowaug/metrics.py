@@ -140,7 +140,7 @@ def cnn_accuracy(
     channels, size = images.shape[1], tuple(images.shape[2:])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = _small_image_stem(timm.create_model(model, num_classes=num_classes, in_chans=channels))
+        net = small_image_stem(timm.create_model(model, num_classes=num_classes, in_chans=channels))
         oracle = untrained(net, channels, size, f"{model} on generated images").to(device)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         one_cycle = torch.optim.lr_scheduler.OneCycleLR
@@ -149,7 +149,8 @@ def cnn_accuracy(
     return label_reliability(oracle, real_images, real_targets)
 
 
-def _small_image_stem(model: nn.Module) -> nn.Module:
+def small_image_stem(model: nn.Module) -> nn.Module:
+    """Give a ResNet of the 7 × 7 stem a 3 × 3 convolution without pooling, in place; other models stay as they are."""
     first = getattr(model, "conv1", None)
     if isinstance(first, nn.Conv2d) and first.kernel_size == (7, 7):
         model.conv1 = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=False)
