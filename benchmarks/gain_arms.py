@@ -1,0 +1,169 @@
+"""What ``augmentation_gain.py`` compares: classifiers, sizes, arms, their lengths and settings."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+from torch import nn
+
+from flowaug.metrics import small_image_stem
+from flowaug.options import classifier_parser
+from flowaug.recipes import FOLDER, load_recipe
+
+
+class Cell(NamedTuple):
+    """One training: which classifier, on how many images of each class ("all" for every image), how, and its seed."""
+
+    classifier: str
+    size: str
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the runs of a benchmark have in common.
+
+    Attributes:
+        dataset: its name.
+        classifiers: name to options of ``finetune.py``.
+        with_rivals: classifiers that the rivals of flow mixup train too, on few images.
+        steps: classifier to size to optimiser steps.
+        batch_size: images per step.
+        flow: options of ``train_flow.py``.
+        settings: arm to what ``--tune`` may change.
+        tuned_on: classifier and size that ``--tune`` trains.
+        folder: where runs are kept.
+        length: steps of every run instead of those of its cell.
+        amp: precision of the classifier, as ``finetune.py --amp``.
+        held_out: judge by this many other training images; None judges by the test images.
+        full_flow: flow for the size "all"; None trains one.
+    """
+
+    dataset: str
+    classifiers: dict[str, dict]
+    with_rivals: tuple[str, ...]
+    steps: dict[str, dict[str, int]]
+    batch_size: int
+    flow: tuple[str, ...]
+    settings: dict[str, dict[str, float]]
+    tuned_on: tuple[str, str]
+    folder: Path = Path("runs/augmentation_gain")
+    length: int | None = None
+    amp: str | None = None
+    held_out: int | None = None
+    full_flow: str | None = None
+
+
+@timm.models.register_model
+def resnet18_small_image(pretrained: bool = False, **options) -> nn.Module:
+    """Timm's ResNet18 with the stem for images of about 32 pixels."""
+    return small_image_stem(timm.create_model("resnet18", pretrained=pretrained, **options))
+
+
+def _of_recipe(name: str, *keys: str) -> dict:
+    options = load_recipe(FOLDER / f"{name}.yaml")["classifier"]
+    return {key: options[key] for key in keys}
+
+
+TRAINING = ("opt", "weight_decay", "warmup_share")
+CLASSIFIERS = {  # learning rates are those of the recipes, for batches of 64
+    "swin": {
+        **_of_recipe("swin_cifar10", "model", "model_kwargs", "img_size", "pretrained", *TRAINING),
+        "lr": 0.001,
+    },
+    "resnet18": {
+        **_of_recipe("resnet18_cifar10", "momentum", *TRAINING),
+        **{"model": "resnet18_small_image", "img_size": 28, "pretrained": False, "lr": 0.05},
+    },
+    "lite0": _of_recipe("efficientnet_lite0_fashion_mnist", "model", "img_size", "lr", *TRAINING),
+}
+STANDARD = _of_recipe("swin_cifar10", "scale", "ratio", "hflip", "aa", "reprob")
+NO_CROP = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
+ARMS = {  # name to timm's options and the augmentation of the batch, if there is one
+    "nothing": ({}, None),
+    "flow": ({}, "flow"),
+    "standard": (STANDARD, None),
+    "standard+flow": (STANDARD, "flow"),
+    "mixup": ({}, None),
+    "cutmix": ({}, None),
+    "pixel": ({}, "pixel"),
+    "latent": ({}, "latent"),
+    "noise": ({}, "noise"),
+    "gaussian": ({}, "gaussian"),
+}
+MAIN_ARMS = ("nothing", "flow", "standard", "standard+flow")
+WHOLE_SEEDS = 3  # seeds for the size "all"
+RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
+SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
+    "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
+    "mixup": {"mixup": 0.8},
+    "cutmix": {"cutmix": 1.0},
+    "pixel": {"alpha": 1.0},
+    "latent": {"alpha": 1.0},
+    "noise": {"strength": 0.5},
+    "gaussian": {"strength": 1.0},
+}
+FULL = Setup(
+    dataset="fashion_mnist",
+    classifiers=CLASSIFIERS,
+    with_rivals=("swin",),
+    steps={
+        "lite0": {"20": 200, "100": 300, "500": 500, "all": 1000},
+        "swin": {"20": 300, "100": 600, "500": 1000, "all": 2000},
+        "resnet18": {"20": 200, "100": 400, "500": 800, "all": 1500},
+    },
+    batch_size=64,
+    flow=("--rank", "64", "--eval-every", "100000", "--save-every", "250"),
+    settings=SETTINGS,
+    tuned_on=("swin", "100"),
+)
+SMOKE = Setup(
+    dataset="digits",
+    classifiers={"tiny": {"model": "test_resnet", "img_size": 32, "pretrained": False, "opt": "adamw", "lr": 2e-3}},
+    with_rivals=("tiny",),
+    steps={"tiny": {"8": 4}},
+    batch_size=16,
+    flow=("--rank", "64", "--steps", "4", "--solve-at", "2", "--batch-size", "16"),
+    settings=SETTINGS,
+    tuned_on=("tiny", "8"),
+)
+
+
+def base_of(arm: str) -> str:
+    """The arm that ``arm`` is compared with: the same without what it adds."""
+    return "standard" if arm == "standard+flow" else "nothing"
+
+
+def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
+    """Every run, in the order in which they are worth having; all arms and sizes of a seed together."""
+    few, whole = [], []
+    for name, sizes in setup.steps.items():
+        small = [size for size in sizes if size != "all"]
+        for part in (MAIN_ARMS, RIVALS if name in setup.with_rivals else ()):
+            few += [Cell(name, size, arm, seed) for seed in seeds for size in small for arm in part]
+        if "all" in sizes:
+            whole += [Cell(name, "all", arm, seed) for seed in seeds[:WHOLE_SEEDS] for arm in MAIN_ARMS]
+    return few + whole
+
+
+def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:
+    """Options of ``finetune.py`` for the classifier of a cell."""
+    parser, own = classifier_parser(""), setup.settings.get(cell.arm, {})
+    mixing = {name: own[name] for name in ("mixup", "cutmix") if name in own}
+    steps = setup.length or setup.steps[cell.classifier][cell.size]
+    common = {"weight_decay": 0.05, "warmup_share": 0.1, "batch_size": setup.batch_size, "seed": cell.seed}
+    options = NO_CROP | common | mixing | setup.classifiers[cell.classifier] | ARMS[cell.arm][0]
+    parser.set_defaults(**options, steps=steps, amp=setup.amp)
+    return parser.parse_args([])
+
+
+def flow_options(cell: Cell, setup: Setup) -> list[str]:
+    """Options of ``train_flow.py`` for the flow of a cell, seeded as its subset is; one flow for all images."""
+    own = setup.settings["flow"]
+    subset = [] if cell.size == "all" else ["--images-per-class", cell.size, "--subset-seed", str(cell.seed)]
+    seed = "0" if cell.size == "all" else str(cell.seed)
+    options = ["--kld-weight", f"{own['kld_weight']:g}", "--model-kwargs", f"hidden={own['hidden']:g}", "--seed", seed]
+    return ["--dataset", setup.dataset, *subset, *options, *setup.flow]

