@@ -39,12 +39,17 @@ def settings() -> dict[str, list[str]]:
     return rows
 
 
-def train(folder: Path, name: str, options: list[str], steps: int) -> dict:
+def folder_of(folder: Path, name: str) -> Path:
+    """Where the flow of a row is."""
+    return folder / re.sub(r"[^A-Za-z0-9]+", "-", name)
+
+
+def train(folder: Path, name: str, options: list[str], steps: int, budget: str = BUDGET) -> dict:
     """Numbers of one row; trained unless they are there already."""
-    output = folder / re.sub(r"[^A-Za-z0-9]+", "-", name)
+    output = folder_of(folder, name)
     if not (output / "metrics.json").is_file():
         options = [
-            *BUDGET.split(),
+            *budget.split(),
             "--steps",
             str(steps),
             "--eval-every",

@@ -16,8 +16,10 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """Import a benchmark; its trainings of flows run in this process, where torch is imported already."""
+    """Import a benchmark; its flows train in this process, where torch is imported already, and draw no pictures."""
     monkeypatch.syspath_prepend(BENCHMARKS)
+    for name in ("draw_flow", "MetricsLog.plot"):
+        monkeypatch.setattr(f"flowaug.report.{name}", lambda *_: None)
 
     def load(name):
         module = importlib.import_module(name)
@@ -155,3 +157,65 @@ def test_tuning_keeps_the_best_value_of_each_setting_in_turn(benchmark, tmp_path
     assert text.count("| kept |") == 2
     results = [json.loads(p.read_text()) for p in (tmp_path / "results").glob("*.json")]
     assert {(r["seed"], r["options"]["held_out"]) for r in results} == {(1000, 2000)}
+
+
+def test_paper_tables_measures_every_draw_once(benchmark, tmp_path, monkeypatch, capsys):
+    layout, tables = benchmark("paper_layout"), benchmark("paper_tables")
+    benchmark("kld_sweep")
+    monkeypatch.setattr(layout, "TEMPERATURES", (1.2, 1.0))
+    output = tmp_path / "tables.md"
+    options = ["--smoke", "--flows", str(tmp_path / "flows"), "--folder", str(tmp_path / "runs")]
+    options += ["--output", str(output)]
+    tables.main(options)
+    text = output.read_text()
+    draws = layout.all_draws((300,))
+    assert len(draws) == len(set(draws)) == 1 + 2 * 4 + 1
+    assert len(list((tmp_path / "runs").glob("*.json"))) == len(draws)
+    assert len(list((tmp_path / "flows").iterdir())) == 4
+    assert [line.split(" (")[0] for line in text.splitlines() if line.startswith("## ")] == [
+        "## λ'",
+        "## Means, variances or both, λ' = 300",
+        "## Temperature",
+        "## RFCM off → on",
+    ]
+    assert "could not be decoded" not in text
+    monkeypatch.setattr(tables, "measure", None)  # nothing is measured again
+    tables.main(options)
+    assert output.read_text() == text
+    next((tmp_path / "runs").glob("FPI-300-1.2-*.json")).unlink()
+    monkeypatch.setattr(tables, "measure", lambda *_: {"failed": "NaN"})
+    tables.main(options)
+    assert "temperature=1.2, rfcm=False): NaN" in output.read_text()
+
+
+def test_tables_of_the_papers_hold_each_number_in_its_place(benchmark):
+    layout = benchmark("paper_layout")
+    draws = layout.all_draws(layout.WEIGHTS)
+    results = {draw: {"cnn_a": i / 1000, "fid": float(i)} for i, draw in enumerate(draws)}
+    place = {draw: str(i) for i, draw in enumerate(draws)}
+
+    def row(text, start):
+        return next(line for line in text.splitlines() if line.startswith(f"| {start} |"))[2:-2].split(" | ")
+
+    weights = row(layout.weight_table(results, layout.WEIGHTS), "FID ↓")
+    assert weights[1:-1] == [place[layout.Draw(f"FPI, λ' = {w}")] for w in sorted(layout.WEIGHTS)]
+    assert weights[-1] == place[layout.REAL]
+    middle = layout.by_weight(300)
+    hot = row(layout.temperature_table(results), "FID ↓")
+    assert hot[1:] == [
+        place[layout.Draw(middle, t, r)] for t, r in [*((t, False) for t in layout.TEMPERATURES), (1, True)]
+    ]
+    both = row(layout.learned_table(results), "#4: KLD on both")
+    assert both[4] == place[layout.Draw("FPI, means and variances, λ' = 300")]
+    assert both[-4:] == ["93.63", "73.03", "70.42", "42.65"]
+    rfcm = row(layout.rfcm_table(results, layout.WEIGHTS), middle)
+    assert rfcm[2] == f"{place[layout.Draw(middle)]} → {place[layout.Draw(middle, 1.0, True)]}"
+    assert rfcm[1] == " → ".join(f"{float(place[layout.Draw(middle, 1.0, on)]) / 10:.2f}" for on in (False, True))
+
+
+def test_flows_of_the_tables_are_those_of_the_sweep(benchmark):
+    tables, sweep, layout = benchmark("paper_tables"), benchmark("kld_sweep"), benchmark("paper_layout")
+    options = tables.flow_options(layout.WEIGHTS)
+    assert set(sweep.WEIGHTS) == set(layout.WEIGHTS)
+    assert set(options) - set(sweep.settings()) == {"FPI, variances, λ' = 300"}
+    assert all(options[name] == sweep.settings()[name] for name in options if name in sweep.settings())
