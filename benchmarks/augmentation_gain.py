@@ -12,7 +12,8 @@ latents, noise on the latents, draws from the class Gaussians. A flow sees the t
 share one loop, and weights, order and number of steps of their seed; the test images are judged once, at the end.
 
 A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. Two processes on
-one core each are faster than one on two: give them other --seeds, so that they do not train the same flow.
+one core each are faster than one on two: give them other --seeds, so that they do not train the same flow, and name one
+of all images with --full-flow. A report covers the --seeds that it is asked for.
 
 Hours on two cores at 100 GFLOP/s, at which a Swin-Tiny trains in overhead.md (5 seeds, 3 for all images); the thin
 convolutions of Lite0 may run at a third of that, --amp bf16 may halve the others:
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cells", nargs="+", default=["*"], metavar="PATTERN", help="classifier:size:arm, for example swin:*:flow")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="0 to 4; the first three for all images")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="0 to 4; all images take 0 to 2 only")
     add("--steps", type=int, help="optimiser steps of every run, instead of those of its cell")
     add("--amp", choices=("bf16",), help="precision of the classifier")
     add("--budget-hours", type=float, default=float("inf"), help="begin no run after these; 0 only reports")

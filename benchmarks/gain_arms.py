@@ -95,7 +95,7 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "gaussian": ({}, "gaussian"),
 }
 MAIN_ARMS = ("nothing", "flow", "standard", "standard+flow")
-WHOLE_SEEDS = 3  # seeds for the size "all"
+WHOLE_SEEDS = 3  # the size "all" has the seeds below
 RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
@@ -145,7 +145,7 @@ def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
         for part in (MAIN_ARMS, RIVALS if name in setup.with_rivals else ()):
             few += [Cell(name, size, arm, seed) for seed in seeds for size in small for arm in part]
         if "all" in sizes:
-            whole += [Cell(name, "all", arm, seed) for seed in seeds[:WHOLE_SEEDS] for arm in MAIN_ARMS]
+            whole += [Cell(name, "all", arm, seed) for seed in seeds if seed < WHOLE_SEEDS for arm in MAIN_ARMS]
     return few + whole
 
 
