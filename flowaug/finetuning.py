@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
+from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -151,3 +152,10 @@ def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     if not (args.mixup or args.cutmix):
         return None
     return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+
+
+def create_loss(args: argparse.Namespace) -> nn.Module:
+    """Cross entropy: of soft labels where Mixup or CutMix makes them, else of hard ones, smoothed if asked for."""
+    if args.mixup or args.cutmix:
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=args.smoothing)
