@@ -77,7 +77,8 @@ def named_flow(args: argparse.Namespace) -> str | None:
 
 def flow_options(args: argparse.Namespace, dataset) -> argparse.Namespace:
     """Options of ``train_flow.py`` for the data set's own flow; its folder is named after data and options."""
-    options = train_flow.parse_args(given_data_options(args))
+    recipe = [*(["--recipe", str(args.recipe)] if args.recipe else []), *(["--quick"] if args.quick else [])]
+    options = train_flow.parse_args([*given_data_options(args), *recipe])
     identity = {"data": dataset.fingerprint(), "recipe": train_flow.recipe_of(options)}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     options.output = args.output.parent / "flows" / f"{dataset.name}-{key}"
@@ -235,7 +236,6 @@ def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, data
             log.note("flow_aug", flow_mixup.counts)
             draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
         run.discard()
-    accelerator.end_training()
     return log.finish(model=args.model, seconds=round(seconds, 1), steps=log.last["step"])
 
 
@@ -262,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
             ", augmented.png (before/after)" if args.flow_aug else ""
         )
         accelerator.print(f"outputs in {args.output}: {names}")
+        accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f"finetune.py: {error}")
 

@@ -210,7 +210,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     if main:
         write_flow_folder(args.output, final, pca, moments, dataset, table, val, recipe_of(args), log)
         run.discard()
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
     return args.output
 
 
@@ -230,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = train(args, accelerator)
         if not args.dry_run:
             accelerator.print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
+        accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f"train_flow.py: {error}")
 

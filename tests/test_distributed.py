@@ -66,3 +66,9 @@ def test_two_processes_average_their_gradients_and_judge_each_image_once(tmp_pat
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_two_processes_train_a_missing_flow_together_and_go_on(tmp_path):
+    metrics = run(2, tmp_path / "out", *CLASSIFIER, "--batch-size", "8", "--flow-aug", "--quick")
+    assert metrics["flow_aug"]["augmented"] > 0
+    assert len(list((tmp_path / "flows").glob("*/model.safetensors"))) == 1
