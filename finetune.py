@@ -36,6 +36,7 @@ from flowaug.plan import classifier_plan
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, RunningMean, draw_augmented
+from flowaug.shardlists import is_shards
 from flowaug.state import Run
 from flowaug.streams import count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
@@ -222,9 +223,8 @@ def seed_step(seed: int, step: int, part: int, rank: int, flow_mixup: FlowMixupT
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the classifier."""
-    return deciding_options(
-        args, skip=("output", "resume", "save_every", "cpu", "workers", "log_with", "dry_run", "recipe", "quick")
-    )
+    ordered = is_shards(args.dataset, args.data_dir)  # a stream comes in an order of its workers
+    return deciding_options(args, () if ordered else ("workers",))
 
 
 def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:
