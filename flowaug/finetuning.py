@@ -36,12 +36,23 @@ def create_classifier(args: argparse.Namespace, num_classes: int, channels: int)
         options["drop_path_rate"] = args.drop_path
     if args.img_size and _takes_img_size(args.model, options):
         options["img_size"] = args.img_size
-    model = timm.create_model(args.model, **options, **_weights(args))
+    model = _create_model(args.model, options | _weights(args))
     model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
     config = resolve_data_config({"img_size": args.img_size} if args.img_size else {}, model=model)
     side = config["input_size"][-1]
     mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
     return model, ((channels, side, side), mean, std)
+
+
+def _create_model(name: str, options: dict) -> nn.Module:
+    try:
+        return timm.create_model(name, **options)
+    except OSError as error:  # no network, no such file on the hub
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"the weights of {name} cannot be fetched ({reason}); give a file with --checkpoint, or --no-pretrained to "
+            "start from random ones"
+        ) from error
 
 
 def _check_name(name: str) -> None:
