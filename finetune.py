@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from tqdm.auto import tqdm
 
@@ -29,7 +28,7 @@ from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
 from flowaug.classifier import accuracy, eval_transform, train_transform
 from flowaug.data import create_loader
-from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule
+from flowaug.finetuning import create_classifier, create_loss, create_optimizer, create_pipeline, create_schedule
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
 from flowaug.options import check_disagreements, classifier_parser
@@ -37,6 +36,7 @@ from flowaug.plan import classifier_plan
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, RunningMean, draw_augmented
+from flowaug.shardlists import is_shards
 from flowaug.state import Run
 from flowaug.streams import count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
@@ -78,7 +78,8 @@ def named_flow(args: argparse.Namespace) -> str | None:
 
 def flow_options(args: argparse.Namespace, dataset) -> argparse.Namespace:
     """Options of ``train_flow.py`` for the data set's own flow; its folder is named after data and options."""
-    options = train_flow.parse_args(given_data_options(args))
+    recipe = [*(["--recipe", str(args.recipe)] if args.recipe else []), *(["--quick"] if args.quick else [])]
+    options = train_flow.parse_args([*given_data_options(args), *recipe])
     identity = {"data": dataset.fingerprint(), "recipe": train_flow.recipe_of(options)}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     options.output = args.output.parent / "flows" / f"{dataset.name}-{key}"
@@ -140,14 +141,12 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     steps = args.steps or args.epochs * per_epoch
     if args.dry_run:
         flow = describe_flow(args, sets[0])
-        accelerator.print(classifier_plan(args, model, spec[0], sets, steps, flow, accelerator))
-        return None
+        return accelerator.print(classifier_plan(args, model, spec[0], sets, steps, flow, accelerator))
     flow_mixup = load_flow_mixup(args, sets[0], accelerator)
     pipeline = create_pipeline(args, spec, flow_mixup, num_classes, device)
     optimizer = create_optimizer(args, model)
     scheduler = create_schedule(args, optimizer, steps)
-    hard_loss = torch.nn.CrossEntropyLoss(label_smoothing=args.smoothing)
-    criterion = SoftTargetCrossEntropy() if pipeline.mixup else hard_loss
+    criterion = create_loss(args)
     model = model.to(device, memory_format=memory_format(args))
     averaged = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
     log = MetricsLog(args.output, accelerator.is_main_process, start_tracking(accelerator, "finetune", recipe_of(args)))
@@ -165,14 +164,8 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     for step in range(start, steps):
         epoch = step // per_epoch
         scheduler.step(epoch * per_epoch if args.sched_on_epochs else step)
-        for part in range(args.grad_accum_steps):
-            seed_step(args.seed, step, part, accelerator.process_index, flow_mixup)
-            x, y = (tensor.to(device) for tensor in next(stream))
-            x, y = pipeline.train(x, y, epoch)
-            with gradients(accelerator, model, last=part + 1 == args.grad_accum_steps):
-                loss = criterion(model(x.contiguous(memory_format=memory_format(args))), y)
-                accelerator.backward(loss / args.grad_accum_steps)
-            mean_loss.update(loss.detach())
+        batches = step_batches(args, accelerator, stream, pipeline, step, epoch)
+        mean_loss.update(backward(args, accelerator, model, criterion, batches))
         accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
@@ -197,9 +190,22 @@ def memory_format(args: argparse.Namespace) -> torch.memory_format:
     return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
-def gradients(accelerator: Accelerator, model, last: bool):
-    """Context of one forward and backward pass: processes meet in the last pass of a step only."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)
+def step_batches(args: argparse.Namespace, accelerator: Accelerator, stream, pipeline, step: int, epoch: int):
+    """The augmented batches of one step; what is random in each depends on its number alone."""
+    for part in range(args.grad_accum_steps):
+        seed_step(args.seed, step, part, accelerator.process_index, pipeline.flow_mixup)
+        x, y = pipeline.train(*(tensor.to(accelerator.device) for tensor in next(stream)), epoch)
+        yield x.contiguous(memory_format=memory_format(args)), y
+
+
+def backward(args: argparse.Namespace, accelerator: Accelerator, model, criterion, batches) -> torch.Tensor:
+    """Add up the gradients of a step, exchanged between processes in its last pass only; returns its mean loss."""
+    losses = []
+    for part, (x, y) in enumerate(batches, 1):
+        with contextlib.nullcontext() if part == args.grad_accum_steps else accelerator.no_sync(model):
+            losses.append(criterion(model(x), y))
+            accelerator.backward(losses[-1] / args.grad_accum_steps)
+    return torch.stack([loss.detach() for loss in losses]).mean()
 
 
 def evaluation_steps(steps: int, per_epoch: int) -> int:
@@ -217,9 +223,8 @@ def seed_step(seed: int, step: int, part: int, rank: int, flow_mixup: FlowMixupT
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the classifier."""
-    return deciding_options(
-        args, skip=("output", "resume", "save_every", "cpu", "workers", "log_with", "dry_run", "recipe", "quick")
-    )
+    ordered = is_shards(args.dataset, args.data_dir)  # a stream comes in an order of its workers
+    return deciding_options(args, () if ordered else ("workers",))
 
 
 def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:
@@ -231,7 +236,6 @@ def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, data
             log.note("flow_aug", flow_mixup.counts)
             draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
         run.discard()
-    accelerator.end_training()
     return log.finish(model=args.model, seconds=round(seconds, 1), steps=log.last["step"])
 
 
@@ -258,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
             ", augmented.png (before/after)" if args.flow_aug else ""
         )
         accelerator.print(f"outputs in {args.output}: {names}")
+        accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f"finetune.py: {error}")
 

@@ -32,6 +32,7 @@ from flowaug.plan import flow_plan
 from flowaug.recipes import deciding_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, draw_progress, write_flow_folder
 from flowaug.schedule import ESTIMATOR_DEFAULTS, GaussianSchedule, check_gaussian_options, settle_gaussian_options
+from flowaug.shardlists import is_shards
 from flowaug.state import Run
 from flowaug.streams import StreamDataset, count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
@@ -52,20 +53,9 @@ def settle_recipe(given: argparse.Namespace, recipe: dict) -> dict:
 
 def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the trained flow."""
-    skip = (
-        "output",
-        "resume",
-        "save_every",
-        "cpu",
-        "eval_every",
-        "recompute",
-        "workers",
-        "log_with",
-        "dry_run",
-        "recipe",
-        "quick",
-    )
-    return deciding_options(args, skip)
+    skip = ("eval_every", "recompute")
+    ordered = crops(args) and is_shards(args.dataset, args.data_dir)  # a stream comes in an order of its workers
+    return deciding_options(args, skip if ordered else (*skip, "workers"))
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -210,7 +200,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     if main:
         write_flow_folder(args.output, final, pca, moments, dataset, table, val, recipe_of(args), log)
         run.discard()
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
     return args.output
 
 
@@ -230,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = train(args, accelerator)
         if not args.dry_run:
             accelerator.print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
+        accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f"train_flow.py: {error}")
 

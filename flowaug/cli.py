@@ -8,13 +8,14 @@ import torch
 
 from flowaug import generation_cli
 from flowaug.checkpoint import list_pretrained, read_config
-from flowaug.cli_options import data_of, data_options, identity, random_subset
-from flowaug.data import ImageDataset, load_dataset, stack_images
+from flowaug.cli_options import data_options, identity, open_data, open_images, random_subset
+from flowaug.data import ImageDataset, stack_images
 from flowaug.evaluation import WEIGHTS, label_preservation, write_report
 from flowaug.export import FORMATS, export
+from flowaug.images import to_pixels
 from flowaug.mixup import PARTNERS
 from flowaug.oracle import SMALL_STEPS, Oracle, load_oracle, small_oracle
-from flowaug.report import draw_augmented, one_per_class
+from flowaug.report import draw_augmented
 from flowaug.transform import FlowMixupTransform
 
 
@@ -78,17 +79,19 @@ def list_flows(args: argparse.Namespace) -> None:
 
 def preview_flow(args: argparse.Namespace) -> None:
     """Write the grid and say where it is."""
-    data, transform = _open(args)
-    chosen = one_per_class(torch.as_tensor(data.targets), args.classes)
-    subset = data.subset(chosen.numpy())
-    x = stack_images(subset, transform.flow.event_shape[1:], data.channels)
-    path = draw_augmented(transform, x, torch.as_tensor(subset.targets), args.output)
+    data = open_data(args, args.split)
+    transform = _open_transform(args, data)
+    images, labels = zip(*data.examples(args.classes), strict=True)
+    size = transform.flow.event_shape[1:]
+    x = torch.stack([torch.from_numpy(to_pixels(image, size, data.channels)).permute(2, 0, 1) for image in images])
+    path = draw_augmented(transform, x, torch.tensor(labels), args.output)
     print(f"{path}: {len(x)} images, original and mixed with a training image of their class")
 
 
 def evaluate_flow(args: argparse.Namespace) -> None:
     """Write the label-preservation report and say where it is."""
-    data, transform = _open(args)
+    data = open_images(args, args.split)
+    transform = _open_transform(args, data)
     data = random_subset(data, args.max_images, args.seed)
     channels = max(data.channels, transform.flow.event_shape[0])
     size = (args.image_size,) * 2 if args.image_size else tuple(transform.flow.event_shape[1:])
@@ -104,7 +107,8 @@ def evaluate_flow(args: argparse.Namespace) -> None:
 def export_images(args: argparse.Namespace) -> None:
     """Write the copies and say how many."""
     options = {name: getattr(args, name) for name in ("p", "alpha", "partner")}
-    data, transform = _open(args, **options)
+    data = open_images(args, args.split)
+    transform = _open_transform(args, data, **options)
     settings = {**options, "rank": args.rank, "luminance": args.luminance, "flow": identity(args.flow)}
     names = ("copies", "originals", "split", "seed")
     chosen = {name: getattr(args, name) for name in names}
@@ -115,14 +119,9 @@ def export_images(args: argparse.Namespace) -> None:
     )
 
 
-def _open(args: argparse.Namespace, **options) -> tuple[ImageDataset, FlowMixupTransform]:
-    name, folder = data_of(args)
-    data = load_dataset(name, folder, args.split)
+def _open_transform(args: argparse.Namespace, data, **options) -> FlowMixupTransform:
     names = {"class_names": data.class_names}
-    transform = FlowMixupTransform.from_pretrained(
-        args.flow, rank=args.rank, luminance=args.luminance, **names, **options
-    )
-    return data, transform
+    return FlowMixupTransform.from_pretrained(args.flow, rank=args.rank, luminance=args.luminance, **names, **options)
 
 
 def _oracle(args: argparse.Namespace, data: ImageDataset, size: tuple[int, int], channels: int) -> Oracle:
@@ -132,9 +131,8 @@ def _oracle(args: argparse.Namespace, data: ImageDataset, size: tuple[int, int],
         raise ValueError("--oracle-checkpoint needs --oracle, the timm model that the weights belong to")
     if args.split == "train":
         raise ValueError("the small oracle trains on the train split; judge --split val, or give an --oracle")
-    name, folder = data_of(args)
     cache = args.output.parent / "oracles"
-    return small_oracle(load_dataset(name, folder, "train"), cache, size, channels, args.oracle_steps, args.seed)
+    return small_oracle(open_images(args, "train"), cache, size, channels, args.oracle_steps, args.seed)
 
 
 def main(argv: list[str] | None = None) -> None:

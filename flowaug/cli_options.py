@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from flowaug.checkpoint import read_config
-from flowaug.data import ImageDataset
+from flowaug.data import ImageDataset, load_dataset
+from flowaug.streams import StreamDataset
 
 
 def flow_option(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +24,28 @@ def data_options(parser: argparse.ArgumentParser, split: str) -> None:
 
 def source_options(parser: argparse.ArgumentParser) -> None:
     """Add where images come from."""
-    parser.add_argument("--dataset", help="digits or fashion_mnist; default: what the flow was trained on")
-    parser.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class")
+    parser.add_argument("--dataset", help="digits, fashion_mnist, torch/…, hfds/…; default: the flow's own")
+    parser.add_argument("--data-dir", type=Path, help="folder with train/ and val/, one folder per class; or shards")
+    parser.add_argument("--class-map", type=Path, help='JSON file: {"class name": label} or a list of names')
 
 
-def data_of(args: argparse.Namespace) -> tuple[str | None, str | Path | None]:
-    """Data set and folder that were asked for, else those that the flow was trained on."""
-    if args.dataset or args.data_dir:
-        return args.dataset, args.data_dir
-    recipe = read_config(args.flow).get("recipe", {})
-    return recipe.get("dataset"), recipe.get("data_dir")
+def open_data(args: argparse.Namespace, split: str) -> ImageDataset | StreamDataset:
+    """A split of the data set that was asked for, else of that which the flow was trained on."""
+    given = args.dataset or args.data_dir
+    source = vars(args) if given else read_config(args.flow).get("recipe", {})
+    class_map = args.class_map or source.get("class_map")
+    return load_dataset(source.get("dataset"), source.get("data_dir"), split, class_map=class_map)
+
+
+def open_images(args: argparse.Namespace, split: str) -> ImageDataset:
+    """As `open_data`, for commands that take images by place."""
+    data = open_data(args, split)
+    if isinstance(data, StreamDataset):
+        raise ValueError(
+            f"{data.name} is a stream of shards, but this command takes images by place; unpack it into train/ and "
+            "val/ with one folder per class and give that with --data-dir"
+        )
+    return data
 
 
 def random_subset(data: ImageDataset, count: int, seed: int) -> ImageDataset:

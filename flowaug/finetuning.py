@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
+from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -35,12 +36,23 @@ def create_classifier(args: argparse.Namespace, num_classes: int, channels: int)
         options["drop_path_rate"] = args.drop_path
     if args.img_size and _takes_img_size(args.model, options):
         options["img_size"] = args.img_size
-    model = timm.create_model(args.model, **options, **_weights(args))
+    model = _create_model(args.model, options | _weights(args))
     model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
     config = resolve_data_config({"img_size": args.img_size} if args.img_size else {}, model=model)
     side = config["input_size"][-1]
     mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
     return model, ((channels, side, side), mean, std)
+
+
+def _create_model(name: str, options: dict) -> nn.Module:
+    try:
+        return timm.create_model(name, **options)
+    except OSError as error:  # no network, no such file on the hub
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"the weights of {name} cannot be fetched ({reason}); give a file with --checkpoint, or --no-pretrained to "
+            "start from random ones"
+        ) from error
 
 
 def _check_name(name: str) -> None:
@@ -151,3 +163,10 @@ def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     if not (args.mixup or args.cutmix):
         return None
     return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
+
+
+def create_loss(args: argparse.Namespace) -> nn.Module:
+    """Cross entropy: of soft labels where Mixup or CutMix makes them, else of hard ones, smoothed if asked for."""
+    if args.mixup or args.cutmix:
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=args.smoothing)

@@ -147,7 +147,8 @@ def _latents_of(flow: Flow, data: ImageTable, device, label: int, moments: Class
 
 def _gather_pca(pca: ClasswisePCA | None, dim: int, data: ImageTable, rank: int, partners, reduce, device):
     """The class axes of all processes, by adding what each fitted to the zeros that it leaves for the others."""
-    k, count = data.num_classes, torch.bincount(data.targets, minlength=data.num_classes).clamp(max=partners)
+    k, count = data.num_classes, torch.bincount(data.targets, minlength=data.num_classes)
+    count = count if partners is None else count.clamp(max=partners)
     offsets = torch.cat([count.new_zeros(1), count.cumsum(0)])
     own = torch.arange(k) % data.world_size == data.rank
     shapes = {"axes": (k, rank, dim), "variance": (k, rank), "mean": (k, dim), "coords": (int(offsets[-1]), rank)}

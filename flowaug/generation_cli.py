@@ -9,16 +9,16 @@ from flowaug.checkpoint import load_flow, write_json
 from flowaug.checks import check_class_names
 from flowaug.cli_options import (
     at_least,
-    data_of,
     data_options,
     flow_option,
     identity,
     not_negative,
+    open_images,
     png,
     random_subset,
     source_options,
 )
-from flowaug.data import ImageDataset, load_dataset, stack_images
+from flowaug.data import ImageDataset, stack_images
 from flowaug.export import FORMATS, generate
 from flowaug.fitting import ImageTable
 from flowaug.flow import Flow
@@ -182,7 +182,7 @@ def generate_images(args: argparse.Namespace) -> None:
 
 
 def _images_of(args: argparse.Namespace) -> ImageDataset:
-    return load_dataset(*data_of(args), args.split)
+    return open_images(args, args.split)
 
 
 def _covariance(args: argparse.Namespace, flow: Flow) -> tuple[ClasswisePCA | None, dict]:
@@ -193,7 +193,7 @@ def _covariance(args: argparse.Namespace, flow: Flow) -> tuple[ClasswisePCA | No
                 "--dataset and --data-dir say where --rfcm takes its latents from; add --rfcm or leave them"
             )
         return None, {"rfcm": False}
-    data = load_dataset(*data_of(args), "train")
+    data = open_images(args, "train")
     check_class_names(flow.class_names, data.class_names)
     images = stack_images(data, flow.event_shape[1:], flow.event_shape[0])
     table = ImageTable(images, torch.as_tensor(data.targets), len(data.class_names))

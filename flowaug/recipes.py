@@ -16,6 +16,7 @@ from flowaug.data import load_dataset
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 WORDS = ("about", "command", "hardware", "hours", "expect")
 PARTS = ("flow", "classifier")
+RUN_OPTIONS = ("recipe", "quick", "output", "resume", "save_every", "log_with", "dry_run", "cpu")
 
 
 def load_recipe(path: str | Path) -> dict:
@@ -77,8 +78,8 @@ def parse_with_recipe(
 
 
 def deciding_options(options, skip: tuple[str, ...]) -> dict:
-    """Options of a command line as JSON values, without those in ``skip``, which decide no number."""
-    return {name: _as_json(value) for name, value in vars(options).items() if name not in skip}
+    """Options of a command line as JSON values, without those that decide no number: in ``skip``, or of any run."""
+    return {name: _as_json(value) for name, value in vars(options).items() if name not in (*RUN_OPTIONS, *skip)}
 
 
 def _as_json(value):

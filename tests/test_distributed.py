@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+from flowaug.classifier import BatchPipeline, accuracy
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOW = ["train_flow.py", "--images-per-class", "9", "--init-from", "digits", "--lr", "0", "--steps", "1", "--rank", "4"]
@@ -24,6 +27,22 @@ def run(processes, output, *options):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads((output / "metrics.json").read_text())
+
+
+def test_evaluation_exchanges_nothing_before_its_end(tmp_path, monkeypatch):
+    """A wrapped model would send its buffers at every batch, and hang where processes differ in batches."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        inner = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(12), torch.nn.Linear(12, 3))
+        model = DistributedDataParallel(inner)
+        monkeypatch.setattr(DistributedDataParallel, "forward", lambda self, x: pytest.fail("the wrapper was called"))
+        loader = [(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))]
+        values = accuracy(model, loader, BatchPipeline((3, 2, 2), (0.5,) * 3, (0.5,) * 3), torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert values["images"] == 2
+    assert inner.training
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +85,9 @@ def test_two_processes_average_their_gradients_and_judge_each_image_once(tmp_pat
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_two_processes_train_a_missing_flow_together_and_go_on(tmp_path):
+    metrics = run(2, tmp_path / "out", *CLASSIFIER, "--batch-size", "8", "--flow-aug", "--quick")
+    assert metrics["flow_aug"]["augmented"] > 0
+    assert len(list((tmp_path / "flows").glob("*/model.safetensors"))) == 1

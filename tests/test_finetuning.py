@@ -111,3 +111,12 @@ def test_nothing_is_unpickled(tmp_path, capsys):
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights at"):
         create_classifier(options("--checkpoint", str(tmp_path / "none.pth")), 3, 1)
+
+
+def test_weights_that_cannot_be_fetched_end_with_the_way_out(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nmore")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"test_vit cannot be fetched \(We couldn't connect .*--no-pretrained"):
+        create_classifier(options("--model", "test_vit"), 3, 1)

@@ -87,14 +87,15 @@ def test_saved_weights_are_the_plain_mean_from_the_step_of_swa_on(flow):
     assert 0 <= values[2] < 4  # before it: an exponential average
 
 
-def test_axes_of_two_processes_are_those_of_one(flow, table):
+@pytest.mark.parametrize(("partners", "kept_counts"), [(6, [6, 6, 6]), (None, [11, 10, 10])])
+def test_axes_of_two_processes_are_those_of_one(flow, table, partners, kept_counts):
     moments = [ClassMoments.zeros(3, flow.dim, CPU) for _ in range(3)]
-    whole = fit_pca(flow, table, CPU, 3, partners=6, moments=moments[0])
+    whole = fit_pca(flow, table, CPU, 3, partners, moments=moments[0])
     parts = [[], []]
     for share, sums, kept in zip(shares(table, 2), moments[1:], parts, strict=True):
-        fit_pca(flow, share, CPU, 3, 6, lambda t, kept=kept: kept.append(t) or t, sums)
+        fit_pca(flow, share, CPU, 3, partners, lambda t, kept=kept: kept.append(t) or t, sums)
     for name, a, b in zip(("axes", "variance", "mean", "coords"), *parts, strict=True):
         torch.testing.assert_close(a + b, whole.tensors()[name].float(), rtol=0, atol=0, msg=name)
-    assert whole.count.tolist() == [6, 6, 6]
+    assert whole.count.tolist() == kept_counts
     merged = moments[1].merge(moments[2])
     assert torch.equal(merged.mean, moments[0].mean)

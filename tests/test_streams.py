@@ -12,7 +12,7 @@ import torch
 
 import finetune
 import train_flow
-from flowaug import load_pca
+from flowaug import cli, load_pca
 from flowaug import shards as shards_module
 from flowaug.data import load_dataset
 from flowaug.loaders import create_loader, endless_batches
@@ -386,6 +386,25 @@ def test_the_scripts_run_on_shards_and_report_what_they_skipped(folder, tmp_path
     assert (metrics["skipped"]["train"]["samples"], metrics["skipped"]["train"]["shards"]) == (2, 1)
     assert metrics["skipped"]["val"] == {"samples": 0, "shards": 0, "names": {}}
     assert (tmp_path / "out" / "augmented.png").is_file()
+    cli.main(["preview", str(tmp_path / "flow"), "--output", str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").is_file()
+    for command in ("evaluate", "export"):
+        with pytest.raises(SystemExit, match=r"is a stream of shards, but this command takes images by place"):
+            cli.main([command, str(tmp_path / "flow"), "--output", str(tmp_path / "no")])
+
+
+def test_the_workers_of_a_stream_decide_its_order(folder):
+    workers = [{"--workers": "2"}, {"--workers": "2", "--data-dir": str(folder)}]
+    recipes = [finetune.recipe_of(finetune.parse_args([*itertools.chain(*o.items())])) for o in workers]
+    assert ["workers" in recipe for recipe in recipes] == [False, True]
+
+
+def test_a_flow_takes_timms_crops_from_a_stream(folder, tmp_path):
+    options = ["--data-dir", str(folder), "--output", str(tmp_path), "--scale", "0.5", "1", "--ratio", "1", "1"]
+    train_flow.main([*options, *QUICK_FLOW])
+    assert json.loads((tmp_path / "metrics.json").read_text())["train_images"] == len(good())
+    with pytest.raises(SystemExit, match="--estimator glem takes images by place"):
+        train_flow.main([*options, *QUICK_FLOW[:6], *QUICK_FLOW[8:], "--estimator", "glem", "--resume", "never"])
 
 
 BAD_OPTIONS = [
