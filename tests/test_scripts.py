@@ -1,6 +1,7 @@
 """The scripts as a user runs them, on a data set small enough for a test."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +295,15 @@ def test_config_names_the_data_and_the_recipe(trained):
     config = json.loads((trained / CONFIG).read_text())
     assert config["recipe"]["steps"] == 6
     assert len(config["data"]) == 16
+
+
+@pytest.mark.slow
+def test_eva02_takes_real_steps_at_448_pixels(photos, trained, tmp_path):
+    options = ["--model", "eva02_base_patch14_448", "--no-pretrained", "--data-dir", str(photos), "--cpu"]
+    options += ["--flow-aug", str(trained), "--flow-aug-p", "1", "--steps", "2", "--batch-size", "2", "--opt", "sgd"]
+    finetune.main([*options, "--output", str(tmp_path)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert metrics["flow_aug"]["seen"] == 4
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert peak < 24  # GiB
