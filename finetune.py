@@ -1,7 +1,7 @@
 """Fine-tune a timm model, with or without flow augmentation.
 
     python finetune.py --flow-aug                           # embedded digits and their bundled flow, under a minute
-    python finetune.py --dataset fashion_mnist --flow-aug   # trains a flow first and keeps it
+    python finetune.py --data-dir photos/ --flow-aug        # trains a flow first and keeps it
     accelerate launch finetune.py --model eva02_base_patch14_448 --data-dir photos/ --flow-aug runs/flow
 
 Options left out come from the recipe of the data set. Labels stay hard and the loss stays as it is.

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 import finetune
 import train_flow
-from flowaug import FlowMixupTransform, load_flow, load_pca, state
-from flowaug.checkpoint import CONFIG, WEIGHTS
+from flowaug import FlowMixupTransform, list_pretrained, load_flow, load_pca, state
+from flowaug.checkpoint import CONFIG, WEIGHTS, find_flow
+from flowaug.data import load_dataset, stack_images
 from flowaug.schedule import settle_gaussian_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,10 +206,6 @@ def test_preview(tmp_path):
 
 
 def test_bundled_flow_classifies_and_round_trips():
-    import torch
-
-    from flowaug.data import load_dataset, stack_images
-
     val = load_dataset("digits", split="val")
     flow, x = load_flow("digits"), stack_images(val, (8, 8), 1).float() / 255
     with torch.no_grad():
@@ -219,6 +216,25 @@ def test_bundled_flow_classifies_and_round_trips():
     transform = FlowMixupTransform.from_pretrained("digits", p=1.0)
     transform(x, torch.as_tensor(val.targets))
     assert transform.counts["augmented"] >= 0.99 * len(x)
+
+
+def test_bundled_flow_of_fashion_mnist_classifies_and_round_trips():
+    try:
+        val = load_dataset("fashion_mnist", split="val").subset(np.arange(500))
+    except FileNotFoundError:
+        pytest.skip("Fashion-MNIST is not installed")
+    flow, x = load_flow("fashion_mnist"), stack_images(val, (28, 28), 1).float() / 255
+    with torch.no_grad():
+        z, _ = flow.encode(x)
+        assert (flow.gaussians.log_joint(z).argmax(1).numpy() == val.targets).mean() >= 0.88
+        assert (flow.decode(z) - x).abs().max() <= 1e-4
+    assert flow.class_names == val.class_names
+
+
+@pytest.mark.parametrize("name", list_pretrained())
+def test_bundled_files_stay_small(name):
+    sizes = [path.stat().st_size for path in find_flow(name).iterdir()]
+    assert max(sizes) <= 8e6
 
 
 def unreadable(root):
