@@ -2,7 +2,8 @@
 
 A document says in words what it is (``about, command, hardware, hours, expect``), and has the options of
 ``train_flow.py`` under ``flow``, those of ``finetune.py`` under ``classifier``, and under ``quick`` what differs in a
-try that any machine can run. The recipe named after a data set is its default, ``default.yaml`` serves all others.
+try that any machine can run. The recipe named after a data set is its default, ``default.yaml`` serves all others and
+what a recipe leaves out.
 """
 
 import argparse
@@ -41,12 +42,18 @@ def load_recipe(path: str | Path) -> dict:
 
 
 def recipe_options(part: str, options: argparse.Namespace) -> dict:
-    """Options of ``part``, "flow" or "classifier", from ``--recipe``, or from the recipe of ``--dataset``."""
+    """Options of ``part``, "flow" or "classifier", from ``--recipe``, or from the recipe of ``--dataset``.
+
+    What they leave out comes from the recipe "default", except for its length.
+    """
     own = FOLDER / f"{options.dataset or ('default' if options.data_dir else 'digits')}.yaml"
-    by_data = load_recipe(own if own.is_file() else FOLDER / "default.yaml")
+    default = load_recipe(FOLDER / "default.yaml")[part]
+    by_data = load_recipe(own) if own.is_file() else {}
     recipe = load_recipe(options.recipe) if options.recipe else by_data
+    chosen = recipe.get(part) or by_data.get(part) or {}
+    length = {"epochs", "steps"} if {"epochs", "steps"} & set(chosen) else set()
     quick = recipe.get("quick", {}).get(part, {}) if options.quick else {}
-    return recipe.get(part, by_data[part]) | quick
+    return {name: value for name, value in default.items() if name not in length} | chosen | quick
 
 
 def parse_with_recipe(

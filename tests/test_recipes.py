@@ -1,6 +1,7 @@
 """Every recipe is a whole document, and its quick mode runs here."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,14 @@ def test_the_quick_mode_has_a_plan(path, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_quick_mode_runs_with_flow_augmentation(tmp_path):
+    recipe = str(FOLDER / "efficientnet_lite0_fashion_mnist.yaml")
+    finetune.main(["--recipe", recipe, "--quick", "--flow-aug", "digits", "--cpu", "--output", str(tmp_path)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["images"]) == (4, 359)
+    assert metrics["flow_aug"]["augmented"] > 0
+
+
 def test_the_command_line_goes_before_the_recipe():
     options = ["--recipe", str(FOLDER / "eva02_imagenet.yaml"), "--lr", "3", "--steps", "7", "--data-dir", "photos"]
     args = finetune.parse_args(options)
@@ -66,8 +75,21 @@ def test_a_bad_recipe_ends_in_one_sentence(text, message, tmp_path):
         train_flow.main(["--recipe", str(path), "--cpu", "--output", str(tmp_path / "out")])
 
 
+def test_what_a_recipe_leaves_out_comes_from_the_default(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("classifier: {model: test_resnet, pretrained: false, steps: 3, lr: 2.0}")
+    args = finetune.parse_args(["--recipe", str(path)])
+    default = load_recipe(FOLDER / "default.yaml")["classifier"]
+    assert (args.lr, args.steps, args.epochs, args.flow_aug_p) == (2.0, 3, None, default["flow_aug_p"])
+    assert (args.opt, args.weight_decay, args.batch_size) == tuple(
+        default[name] for name in ("opt", "weight_decay", "batch_size")
+    )
+
+
 def test_a_recipe_may_set_what_has_a_default(tmp_path):
     parser = argparse.ArgumentParser()
+    for name in load_recipe(FOLDER / "default.yaml")["flow"]:
+        parser.add_argument(f"--{name}")
     for name in ("--recipe", "--dataset", "--data-dir"):
         parser.add_argument(name, type=Path if name == "--recipe" else str)
     parser.add_argument("--quick", action="store_true")
