@@ -66,21 +66,26 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * min(warm, (args.steps - step) / (0.4 * args.steps))
 
 
-def load_tables(args: argparse.Namespace, accelerator: Accelerator):
-    """Read both splits into memory at the size of the flow."""
+def load_sets(args: argparse.Namespace, accelerator: Accelerator) -> dict:
+    """Open both splits and settle the number of steps."""
     sets = {split: load_split(args, split) for split in ("train", "val")}
-    train, place = sets["train"], (accelerator.process_index, accelerator.num_processes)
-    size = (args.image_size, args.image_size)
-    if args.estimator == "glem" and crops(args) and isinstance(train, StreamDataset):
+    if args.estimator == "glem" and crops(args) and isinstance(sets["train"], StreamDataset):
         raise ValueError("--estimator glem takes images by place, which shards cannot give timm's crops; leave one out")
-    tables = [
+    per_epoch = max(1, len(sets["train"]) // (args.batch_size * accelerator.num_processes))
+    args.steps = min(args.steps, args.max_epochs * per_epoch)
+    if args.swa_from is not None and args.swa_from >= args.steps:
+        raise ValueError(f"--swa-from {args.swa_from} is never reached in {args.steps} steps; choose an earlier step")
+    return sets
+
+
+def load_tables(args: argparse.Namespace, sets: dict, accelerator: Accelerator) -> list[ImageTable]:
+    """Read both splits into memory at the size of the flow."""
+    size, place = (args.image_size, args.image_size), (accelerator.process_index, accelerator.num_processes)
+    train = sets["train"]
+    return [
         ImageTable(*data.read_table(size, train.channels), len(train.class_names), 256, *place)
         for data in sets.values()
     ]
-    args.steps = min(args.steps, args.max_epochs * max(1, len(tables[0]) // (args.batch_size * place[1])))
-    if args.swa_from is not None and args.swa_from >= args.steps:
-        raise ValueError(f"--swa-from {args.swa_from} is never reached in {args.steps} steps; choose an earlier step")
-    return sets, *tables
 
 
 def training_batches(phases: list[tuple[torch.Tensor | None, int]], dataset, table: ImageTable, args, start: int):
@@ -128,11 +133,11 @@ def initialise(flow, table: ImageTable, args: argparse.Namespace) -> None:
     flow.initialise(augment(flow, table.images[chosen], args, generator))
 
 
-def create(args: argparse.Namespace, dataset, table: ImageTable):
-    """A flow of the recipe's architecture, initialised on the data or from a trained flow."""
+def create(args: argparse.Namespace, dataset):
+    """A flow of the recipe's architecture."""
     flow = create_flow(
         args.model,
-        event_shape=tuple(table.images.shape[1:]),
+        event_shape=(dataset.channels, args.image_size, args.image_size),
         num_classes=len(dataset.class_names),
         grey_levels=2**args.bits if args.bits else dataset.grey_levels,
         seed=args.seed,
@@ -140,23 +145,25 @@ def create(args: argparse.Namespace, dataset, table: ImageTable):
         **args.model_kwargs,
     )
     flow.class_names = dataset.class_names
-    if args.init_from:
-        start_from(flow, args.init_from)
-    else:
-        initialise(flow, table, args)
     return flow
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     """Train a flow and write its folder; returns the folder."""
     device, main = accelerator.device, accelerator.is_main_process
-    sets, table, val = load_tables(args, accelerator)
+    sets = load_sets(args, accelerator)
     dataset = sets["train"]
     settle_gaussian_options(args)
-    flow = create(args, dataset, table).to(device)
+    flow = create(args, dataset)
     if args.dry_run:
-        accelerator.print(flow_plan(args, flow, dataset, len(val), accelerator))
+        accelerator.print(flow_plan(args, flow, dataset, len(sets["val"]), accelerator))
         return args.output
+    table, val = load_tables(args, sets, accelerator)
+    if args.init_from:
+        start_from(flow, args.init_from)
+    else:
+        initialise(flow, table, args)
+    flow = flow.to(device)
     averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
     flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute, args.torchcompile)
     optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
