@@ -24,11 +24,11 @@ BUDGET = (
     "--dataset fashion_mnist --batch-size 256 --lr 0.02 --clip-grad 100 --rank 4 --conditioner-dtype bfloat16 --cpu"
 )
 SOLVE = ["--solve-at", "50"]
-WEIGHTS = (3000, 300, 30, 1000, 100, 10, 10_000, 1)
+WEIGHTS = (1, 10, 30, 100, 300, 1000, 3000, 10_000)
 
 
 def settings() -> dict[str, list[str]]:
-    """Name of a row to its options, the informative ones first."""
+    """Name of a row to its options."""
     rows = {f"FPI, λ' = {w}": [*SOLVE, "--kld-weight", str(w)] for w in WEIGHTS}
     rows["data"] = [*SOLVE, "--estimator", "data"]
     for weight in (300, 3000):
