@@ -104,6 +104,11 @@ def parallel(
         yield from tqdm(results, description, len(items), leave=False, delay=2, unit=unit)
 
 
+def describe(error: Exception) -> str:
+    """One line on what went wrong."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def _scan_classes(folder: Path) -> dict[str, list[Path]]:
     """``{class name: image paths}`` of one split; hidden files and other suffixes do not count."""
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -137,4 +142,4 @@ def _probe(path: Path, decode: bool) -> tuple[str, str | None]:
                 image.load()
             return image.mode, None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        return "", f"{type(error).__name__}: {error}".partition("\n")[0]
+        return "", describe(error)

@@ -66,11 +66,6 @@ def find_shards(source: Path) -> dict[str, ShardSet]:
     return _checked({split: ShardSet(shards) for split, shards in splits.items()}, source)
 
 
-def describe(error: Exception) -> str:
-    """One line on what went wrong."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
 def _expand(pattern: Path) -> list[Path]:
     """The files of a pattern with braces or asterisks."""
     names = itertools.chain.from_iterable(
@@ -102,7 +97,7 @@ def _from_info(path: Path) -> dict[str, ShardSet]:
         return {split: _described(path.parent, facts) for split, facts in found.items()}
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise ValueError(
-            f"{path} does not describe a train and a val split as timm's shards do ({describe(error)}); "
+            f"{path} does not describe a train and a val split as timm's shards do ({folders.describe(error)}); "
             "correct it, or delete it to go by the names of the shards"
         ) from error
 

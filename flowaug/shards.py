@@ -18,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 from flowaug import folders
 from flowaug.checkpoint import write_json
-from flowaug.shardlists import ShardSet, describe
+from flowaug.shardlists import ShardSet
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 LABEL_KEYS = ("cls", "json", "txt")
@@ -123,7 +123,7 @@ def read_shards(paths: Sequence[Path], skipped: dict[str, str]) -> Iterator[Samp
         try:
             yield from read_shard(path)
         except DAMAGE as error:
-            skipped[str(path)] = describe(error)
+            skipped[str(path)] = folders.describe(error)
 
 
 def take_census(shards: ShardSet) -> Census:
@@ -194,9 +194,9 @@ def _count_shard(path: Path, field: str | None) -> tuple[Counter, dict[str, str]
                 sample.image_key()
                 labels[sample.label_name(field)] += 1
             except ValueError as error:
-                faults[sample.name] = describe(error)
+                faults[sample.name] = folders.describe(error)
     except DAMAGE as error:
-        faults[str(path)] = describe(error)
+        faults[str(path)] = folders.describe(error)
     return labels, faults
 
 

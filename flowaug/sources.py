@@ -64,7 +64,7 @@ class ReaderDataset(ImageDataset):
             self.image(index)
             return None
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-            return f"{type(error).__name__}: {error}".partition("\n")[0]
+            return folders.describe(error)
 
 
 def is_timm(dataset: str | None) -> bool:

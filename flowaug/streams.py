@@ -18,7 +18,7 @@ from torch import Tensor
 from flowaug import folders
 from flowaug.images import to_pixels
 from flowaug.labels import ClassMap, as_found, numbered, read_class_map
-from flowaug.shardlists import ShardSet, describe, find_shards
+from flowaug.shardlists import ShardSet, find_shards
 from flowaug.shards import Census, Sample, read_shards, sizes, take_census
 from flowaug.stream_loaders import StreamLoader
 
@@ -139,7 +139,7 @@ class StreamDataset:
             try:
                 yield sample.image("L" if self.channels == 1 else "RGB"), self._label(sample)
             except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-                skipped[sample.name] = describe(error)
+                skipped[sample.name] = folders.describe(error)
 
     def _label(self, sample: Sample) -> int:
         name = sample.label_name(self.shards.field)
