@@ -52,6 +52,16 @@ def test_couplings_are_exact(name, coupling):
     torch.testing.assert_close(ladj, jacobian_ladj(flow.encode, x), rtol=0, atol=1e-9)
 
 
+def test_flow_without_a_split_is_exact_and_takes_all_channels_through_all_levels():
+    flow = narrow_flow("mef_tiny", noise=0.2, split=False)
+    x = events(flow, 2)
+    z, ladj = flow.encode(x)
+    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ladj, jacobian_ladj(flow.encode, x), rtol=0, atol=1e-9)
+    torch.testing.assert_close(flow.freeze().encode(x)[0], z, rtol=0, atol=1e-10)
+    assert [len(level.bijections[2].matrix()) for level in flow.bijection.bijections[:2]] == [4, 16]
+
+
 def test_attention_in_the_conditioner_is_exact_and_starts_as_nothing():
     plain, flow = (narrow_flow("mef_tiny", noise=0, attention=a) for a in (False, True))
     extra = {k for k in flow.state_dict() if ".attention." in k}

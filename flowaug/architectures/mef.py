@@ -16,6 +16,7 @@ def build_mef(
     coupling: str = "matrix_exp",
     num_levels: int | None = None,
     attention: bool = False,
+    split: bool = True,
 ) -> Bijection:
     """Matrix exponential flow: ActNorm, 1×1 convolution and coupling, level by level.
 
@@ -28,6 +29,7 @@ def build_mef(
         num_levels: number of levels, None for as many as the size allows (three at most).
         attention: end the conditioners' residual blocks with self-attention over the pixels; ``hidden`` must be a
             multiple of 4.
+        split: whether each level hands half of its channels to the output; False takes all through all levels.
     """
     check_image_shape(event_shape, "mef")
 
@@ -36,7 +38,7 @@ def build_mef(
         network = partial(ConvConditioner, hidden=hidden, blocks=depth, attention=attention)
         return [ActNorm(shape), InvertibleConv1x1(shape[0]), Coupling(shape[0], coupling, network)]
 
-    return build_multiscale(event_shape, num_levels, steps, step)
+    return build_multiscale(event_shape, num_levels, steps, step, split)
 
 
 def mef_tiny(event_shape: Shape, **overrides) -> Bijection:

@@ -1,8 +1,9 @@
 """What MEF and Glow share: levels that squeeze, run some steps, and hand half of their channels to the output."""
 
 from collections.abc import Callable
+from math import prod
 
-from flowaug.bijections import Bijection, Chain, MultiScale, Squeeze
+from flowaug.bijections import Bijection, Chain, MultiScale, Reshape, Squeeze
 
 Shape = tuple[int, int, int]
 MAX_LEVELS = 3
@@ -43,8 +44,12 @@ def _check_size(event_shape: Shape, num_levels: int) -> None:
 
 
 def build_multiscale(
-    event_shape: Shape, num_levels: int | None, steps: int, make_step: Callable[[Shape, int], list[Bijection]]
-) -> MultiScale:
+    event_shape: Shape,
+    num_levels: int | None,
+    steps: int,
+    make_step: Callable[[Shape, int], list[Bijection]],
+    split: bool = True,
+) -> Bijection:
     """Build the levels.
 
     Args:
@@ -52,6 +57,8 @@ def build_multiscale(
         num_levels: number of levels, None for as many as the size allows (three at most).
         steps: steps per level.
         make_step: the bijections of one step, given the shape they work on and the level.
+        split: whether each level hands half of its channels to the output (RealNVP, Dinh et al. 2017, Section 3.6);
+            otherwise all of them go through all levels, which costs more and treats all dimensions alike.
     """
     channels, height, width = event_shape
     num_levels = default_num_levels(height, width) if num_levels is None else num_levels
@@ -63,5 +70,7 @@ def build_multiscale(
         shapes.append((channels, height, width))
         layers = [layer for _ in range(steps) for layer in make_step(shapes[-1], level)]
         levels.append(Chain([Squeeze(), *layers]))
-        channels -= channels // 2
-    return MultiScale(levels, shapes)
+        channels -= channels // 2 if split else 0
+    if split:
+        return MultiScale(levels, shapes)
+    return Chain([*levels, Reshape(shapes[-1], (prod(shapes[-1]),))])
