@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowaug.bijections import ActNorm, Bijection, Chain
-from flowaug.bijections.base import Conditioned
+from flowaug.bijections.base import Conditioned, Piecewise
 from flowaug.bijections.linear import Conv1x1, apply_matrix
 from flowaug.nn import ScaledConv2d
 
@@ -48,6 +48,33 @@ class FixedMatrix(Bijection):
         return torch.addcmul(self.shift, apply_matrix(self.inverse_matrix, z), self.unscale)
 
 
+class FixedStep(Piecewise):
+    """A fixed matrix and the coupling after it, one piece of the batch at a time.
+
+    Args:
+        matrix: comes first.
+        coupling: decides about the pieces.
+    """
+
+    def __init__(self, matrix: FixedMatrix, coupling: Conditioned):
+        super().__init__()
+        self.matrix, self.coupling = matrix, coupling
+
+    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Those of the coupling."""
+        return self.coupling.pieces(x)
+
+    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, C, H, W) to the same shape."""
+        x, ladj = self.matrix(x)
+        z, more = self.coupling.forward_piece(x)
+        return z, ladj + more
+
+    def inverse_piece(self, z: Tensor) -> Tensor:
+        """Undo."""
+        return self.matrix.inverse(self.coupling.inverse_piece(z))
+
+
 class FoldedConv2d(nn.Module):
     """A convolution whose gain is in its weights.
 
@@ -73,18 +100,20 @@ def freeze(bijection: Bijection, conditioner_dtype: torch.dtype | None = None, c
     Args:
         bijection: left as it is.
         conditioner_dtype: dtype to run the conditioners in, None for that of their parameters.
-        compiled: compile every coupling with ``torch.compile``, when it is first used.
+        compiled: compile every step with ``torch.compile``, when it is first used.
     """
     bijection = copy.deepcopy(bijection).requires_grad_(False).eval()
     for module in list(bijection.modules()):
         if isinstance(module, Conditioned):
-            _freeze_conditioner(module, conditioner_dtype, compiled)
+            _freeze_conditioner(module, conditioner_dtype)
         if isinstance(module, Chain):
             module.bijections = nn.ModuleList(_fused(module.bijections))
+            if compiled:
+                _compile(module)
     return bijection
 
 
-def _freeze_conditioner(coupling: Conditioned, dtype: torch.dtype | None, compiled: bool) -> None:
+def _freeze_conditioner(coupling: Conditioned, dtype: torch.dtype | None) -> None:
     coupling.conditioner_dtype, coupling.recompute = dtype, False
     for module in list(coupling.conditioner.modules()):
         for name, child in module.named_children():
@@ -94,9 +123,13 @@ def _freeze_conditioner(coupling: Conditioned, dtype: torch.dtype | None, compil
     for module in coupling.modules():
         if hasattr(module, "tighten"):
             module.tighten()
-    if compiled:
-        coupling.forward_piece = _compiled(coupling.forward_piece)
-        coupling.inverse_piece = _compiled(coupling.inverse_piece)
+
+
+def _compile(chain: Chain) -> None:
+    for bijection in chain.bijections:
+        if isinstance(bijection, Piecewise):
+            bijection.forward_piece = _compiled(bijection.forward_piece)
+            bijection.inverse_piece = _compiled(bijection.inverse_piece)
 
 
 def _compiled(function: Callable) -> Callable:
@@ -104,19 +137,22 @@ def _compiled(function: Callable) -> Callable:
     compiled = torch.compile(function, dynamic=False)
 
     def call(x: Tensor):
-        rows = 1 << (len(x) - 1).bit_length()
+        missing = (1 << (len(x) - 1).bit_length()) - len(x)
+        filled = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            out = compiled(torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])]))
+            out = compiled(filled)
         return out[: len(x)] if isinstance(out, Tensor) else tuple(part[: len(x)] for part in out)
 
     return call
 
 
 def _fused(bijections: Iterable[Bijection]) -> list[Bijection]:
-    """The same map with every ActNorm merged into the 1×1 convolution that follows it."""
+    """The same map with every ActNorm merged into the 1×1 convolution after it, both into a step with the coupling."""
     out: list[Bijection] = []
     for bijection in bijections:
         if isinstance(bijection, Conv1x1) and out and isinstance(out[-1], ActNorm):
             bijection = FixedMatrix(out.pop(), bijection)
+        if isinstance(bijection, Conditioned) and out and isinstance(out[-1], FixedMatrix):
+            bijection = FixedStep(out.pop(), bijection)
         out.append(bijection)
     return out

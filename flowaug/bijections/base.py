@@ -27,7 +27,37 @@ class Bijection(nn.Module):
         return self(x)[0]
 
 
-class Conditioned(Bijection):
+class Piecewise(Bijection):
+    """A bijection that may take a batch in parts, one after the other."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x`` (B, *x) to the same shape, piece by piece."""
+        pieces = [self.encode_piece(piece) for piece in self.pieces(x)]
+        return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo, piece by piece."""
+        pieces = [self.inverse_piece(piece) for piece in self.pieces(z)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The batch in parts: one part, unless a class knows better."""
+        return (x,)
+
+    def encode_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward_piece``, unless a class has another way for training."""
+        return self.forward_piece(x)
+
+    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` of one part."""
+        raise NotImplementedError
+
+    def inverse_piece(self, z: Tensor) -> Tensor:
+        """``inverse`` of one part."""
+        raise NotImplementedError
+
+
+class Conditioned(Piecewise):
     """A bijection with a network in it, which takes nearly all of its time and memory.
 
     Attributes:
@@ -49,29 +79,8 @@ class Conditioned(Bijection):
             return self.conditioner(x)
         return self.conditioner(x.to(self.conditioner_dtype)).to(x.dtype)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``x`` (B, *x) to the same shape, piece by piece."""
-        pieces = [self._recomputed(piece) for piece in self.pieces(x)]
-        return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
-
-    def inverse(self, z: Tensor) -> Tensor:
-        """Undo: the conditioning part came through unchanged."""
-        pieces = [self.inverse_piece(piece) for piece in self.pieces(z)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The batch in parts that go through one after the other: one part, unless a class knows better."""
-        return (x,)
-
-    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward`` of one part."""
-        raise NotImplementedError
-
-    def inverse_piece(self, z: Tensor) -> Tensor:
-        """``inverse`` of one part."""
-        raise NotImplementedError
-
-    def _recomputed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward_piece``, which the backward pass runs again where ``recompute`` is set."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.forward_piece, x, use_reentrant=False, preserve_rng_state=False)
         return self.forward_piece(x)
