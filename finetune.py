@@ -28,7 +28,14 @@ from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
 from flowaug.classifier import accuracy, eval_transform, train_transform
 from flowaug.data import create_loader
-from flowaug.finetuning import create_classifier, create_loss, create_optimizer, create_pipeline, create_schedule
+from flowaug.finetuning import (
+    create_classifier,
+    create_loss,
+    create_optimizer,
+    create_pipeline,
+    create_schedule,
+    memory_format,
+)
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
 from flowaug.options import check_disagreements, classifier_parser
@@ -183,11 +190,6 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         log.note("skipped", skipped)
     final = accelerator.unwrap_model(model) if averaged is None else averaged.module
     return finish(args, accelerator, run, final, log, flow_mixup, sets[1], time.time() - began)
-
-
-def memory_format(args: argparse.Namespace) -> torch.memory_format:
-    """Memory format of the classifier and its input."""
-    return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
 def step_batches(args: argparse.Namespace, accelerator: Accelerator, stream, pipeline, step: int, epoch: int):

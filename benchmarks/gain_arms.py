@@ -77,8 +77,12 @@ CLASSIFIERS = {  # learning rates are those of the recipes, for batches of 64
     "resnet18": {
         **_of_recipe("resnet18_cifar10", "momentum", *TRAINING),
         **{"model": "resnet18_small_image", "img_size": 28, "pretrained": False, "lr": 0.05},
+        "channels_last": True,
     },
-    "lite0": _of_recipe("efficientnet_lite0_fashion_mnist", "model", "img_size", "lr", *TRAINING),
+    "lite0": {
+        **_of_recipe("efficientnet_lite0_fashion_mnist", "model", "img_size", "lr", *TRAINING),
+        "channels_last": True,
+    },
 }
 STANDARD = _of_recipe("swin_cifar10", "scale", "ratio", "hflip", "aa", "reprob")
 NO_CROP = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}

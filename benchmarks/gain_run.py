@@ -20,7 +20,7 @@ from flowaug.checkpoint import CONFIG, write_json
 from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
 from flowaug.cli_options import random_subset
 from flowaug.data import ImageDataset, create_loader, load_dataset
-from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule
+from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule, memory_format
 from flowaug.loaders import endless_batches, seeded
 from flowaug.recipes import deciding_options
 from flowaug.state import Run
@@ -150,7 +150,11 @@ def build(args: argparse.Namespace, sets, transform):
     size, batch = min(spec[0][-1], max(train_set.image_size)), min(args.batch_size, len(train_set))
     augment = train_transform(size, train_set.channels, args)
     first = create_loader(train_set, augment, batch, True, args.seed, drop_last=True)
-    return model, pipeline, (first, create_loader(judged, eval_transform(size), JUDGED, False, 0))
+    return (
+        model.to(memory_format=memory_format(args)),
+        pipeline,
+        (first, create_loader(judged, eval_transform(size), JUDGED, False, 0)),
+    )
 
 
 def train_step(args, model: nn.Module, pipeline: BatchPipeline, optimizer, stream, numbers) -> tuple[float, Tensor]:
@@ -162,7 +166,7 @@ def train_step(args, model: nn.Module, pipeline: BatchPipeline, optimizer, strea
     augmented = time.perf_counter()
     criterion = nn.CrossEntropyLoss() if pipeline.mixup is None else SoftTargetCrossEntropy()
     with precision(args):
-        loss = criterion(model(x), y)
+        loss = criterion(model(x.contiguous(memory_format=memory_format(args))), y)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
     optimizer.step()

@@ -127,6 +127,11 @@ def _match_by_order(tensors: dict[str, Tensor], expected: dict[str, Tensor], pat
     return dict(zip(expected, tensors.values(), strict=True))
 
 
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    """Memory format of the classifier and its input."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
 def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
     """Timm's optimiser of ``--opt``, with layer-wise decay of the learning rate if ``--layer-decay`` is given."""
     options = {"opt": args.opt, "lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
