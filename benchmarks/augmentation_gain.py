@@ -57,7 +57,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cells", nargs="+", default=["*"], metavar="PATTERN", help="classifier:size:arm, for example swin:*:flow")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="0 to 4; all images take 0 to 2 only")
     add("--steps", type=int, help="optimiser steps of every run, instead of those of its cell")
-    add("--amp", choices=("bf16",), help="precision of the classifier")
     add("--budget-hours", type=float, default=float("inf"), help="begin no run after these; 0 only reports")
     add("--threads", type=int, help="of torch")
     add("--full-flow", metavar="FLOW", help="flow of all images; default: one is trained")
@@ -73,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def create_setup(args: argparse.Namespace) -> Setup:
     """The benchmark that the options ask for; settings are the tuned ones where there are any."""
-    setup = replace(SMOKE if args.smoke else FULL, folder=args.folder, length=args.steps, amp=args.amp)
+    setup = replace(SMOKE if args.smoke else FULL, folder=args.folder, length=args.steps)
     tuned = json.loads(args.settings.read_text()) if args.settings.is_file() and not args.tune else {}
     return replace(setup, settings=setup.settings | tuned, full_flow=args.full_flow)
 

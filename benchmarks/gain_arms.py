@@ -37,7 +37,6 @@ class Setup:
         tuned_on: classifier and size that ``--tune`` trains.
         folder: where runs are kept.
         length: steps of every run instead of those of its cell.
-        amp: precision of the classifier, as ``finetune.py --amp``.
         held_out: judge by this many other training images; None judges by the test images.
         full_flow: flow for the size "all"; None trains one.
     """
@@ -52,7 +51,6 @@ class Setup:
     tuned_on: tuple[str, str]
     folder: Path = Path("runs/augmentation_gain")
     length: int | None = None
-    amp: str | None = None
     held_out: int | None = None
     full_flow: str | None = None
 
@@ -69,15 +67,16 @@ def _of_recipe(name: str, *keys: str) -> dict:
 
 
 TRAINING = ("opt", "weight_decay", "warmup_share")
-CLASSIFIERS = {  # learning rates are those of the recipes, for batches of 64
+CLASSIFIERS = {  # learning rates are those of the recipes, for batches of 64; depthwise convolutions are slow in bf16
     "swin": {
         **_of_recipe("swin_cifar10", "model", "model_kwargs", "img_size", "pretrained", *TRAINING),
         "lr": 0.001,
+        "amp": "bf16",
     },
     "resnet18": {
         **_of_recipe("resnet18_cifar10", "momentum", *TRAINING),
         **{"model": "resnet18_small_image", "img_size": 28, "pretrained": False, "lr": 0.05},
-        "channels_last": True,
+        **{"channels_last": True, "amp": "bf16"},
     },
     "lite0": {
         **_of_recipe("efficientnet_lite0_fashion_mnist", "model", "img_size", "lr", *TRAINING),
@@ -115,12 +114,12 @@ FULL = Setup(
     classifiers=CLASSIFIERS,
     with_rivals=("swin",),
     steps={
-        "lite0": {"20": 200, "100": 300, "500": 500, "all": 1000},
-        "swin": {"20": 300, "100": 600, "500": 1000, "all": 2000},
+        "lite0": {"20": 100, "100": 300, "500": 500, "all": 1000},
+        "swin": {"20": 200, "100": 600, "500": 1000, "all": 2000},
         "resnet18": {"20": 200, "100": 400, "500": 800, "all": 1500},
     },
     batch_size=64,
-    flow=("--rank", "64", "--eval-every", "100000", "--save-every", "250"),
+    flow=("--coupling", "affine", "--steps", "600", "--rank", "64", "--eval-every", "100000", "--save-every", "250"),
     settings=SETTINGS,
     tuned_on=("swin", "100"),
 )
@@ -160,7 +159,7 @@ def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:
     steps = setup.length or setup.steps[cell.classifier][cell.size]
     common = {"weight_decay": 0.05, "warmup_share": 0.1, "batch_size": setup.batch_size, "seed": cell.seed}
     options = NO_CROP | common | mixing | setup.classifiers[cell.classifier] | ARMS[cell.arm][0]
-    parser.set_defaults(**options, steps=steps, amp=setup.amp)
+    parser.set_defaults(**options, steps=steps)
     return parser.parse_args([])
 
 

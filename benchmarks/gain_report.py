@@ -82,7 +82,7 @@ def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) ->
     picture = draw(results, groups, path.with_suffix(".png"))
     text = f"""# What flow mixup adds to a classifier on {setup.dataset}
 
-`{command}`, {time.strftime("%Y-%m-%d")}, {machine}, torch {torch.__version__}, {setup.amp or "float32"}, seeds {seeds}.
+`{command}`, {time.strftime("%Y-%m-%d")}, {machine}, torch {torch.__version__}, seeds {seeds}.
 {NOTES}
 
 Settings: `{json.dumps(setup.settings)}`.
