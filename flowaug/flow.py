@@ -131,7 +131,7 @@ class Flow(nn.Module):
 
         Args:
             conditioner_dtype: dtype to run the conditioners in, for example ``torch.bfloat16``; None for the flow's.
-            compiled: compile the couplings with ``torch.compile`` when they are first used.
+            compiled: compile the steps with ``torch.compile`` when they are first used.
         """
         if self.frozen:
             return self
