@@ -4,7 +4,9 @@ import itertools
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
 
 import finetune
 from flowaug.finetuning import create_classifier, create_optimizer, create_schedule, read_checkpoint
@@ -39,6 +41,12 @@ def test_warm_restarts_return_to_a_lower_peak():
 def test_step_schedule_lowers_the_rate_after_each_share():
     args = options("--lr", "1", "--warmup-share", "0", "--sched", "step", "--decay-share", "0.4", "--decay-rate", "0.1")
     assert [rates(args, 10)[i] for i in (3, 4, 8)] == pytest.approx([1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("name", _RAND_INCREASING_TRANSFORMS)
+def test_pillow_takes_the_strongest_of_every_operation_of_timms_randaugment(name):
+    image = AugmentOp(name, prob=1.0, magnitude=10)(Image.new("RGB", (8, 8), "grey"))
+    assert image.size == (8, 8)
 
 
 def test_layer_decay_lowers_the_rate_towards_the_input():
