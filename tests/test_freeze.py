@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flowaug import list_flows, load_flow, save_flow
+from flowaug.bijections.base import Piecewise
 from flowaug.data import load_dataset, stack_images
 from tests.test_architectures import events, narrow_flow
 
@@ -97,8 +98,18 @@ def test_pieces_change_nothing(monkeypatch):
     x = events(flow, 5)
     whole = flow.encode(x)
     monkeypatch.setattr("flowaug.bijections.coupling.CACHE", 1)
-    torch.testing.assert_close(flow.encode(x), whole, rtol=0, atol=1e-12)
-    torch.testing.assert_close(flow.decode(whole[0]), x, rtol=0, atol=1e-10)
+    for apart in (narrow_flow("mef_tiny"), narrow_flow("mef_tiny").freeze()):
+        torch.testing.assert_close(apart.encode(x), whole, rtol=0, atol=1e-12)
+        torch.testing.assert_close(apart.decode(whole[0]), x, rtol=0, atol=1e-10)
+        assert {len(piece) for m in apart.modules() if isinstance(m, Piecewise) for piece in m.pieces(x)} == {1}
+
+
+@torch.no_grad()
+def test_a_step_and_its_coupling_share_their_pieces_and_compiled_ones_are_larger():
+    x = torch.zeros(600, 4, 32, 32)
+    plain, compiled = (narrow_flow("mef_tiny", hidden=32).freeze(compiled=c) for c in (False, True))
+    first = [f.bijection.levels[0].bijections[1] for f in (plain, compiled)]
+    assert [len(step.pieces(x)[0]) for step in first] == [16, 32]
 
 
 def test_compiled_couplings(monkeypatch):

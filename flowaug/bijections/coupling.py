@@ -247,10 +247,14 @@ class Coupling(Conditioned):
         channels: number of channels, at least 2; of an odd number the larger half conditions.
         kind: "additive", "affine" or "matrix_exp".
         make_conditioner: builds the network, given its numbers of input and output channels.
+
+    Attributes:
+        cache: activations that one layer of the conditioner may have at a time on a CPU.
     """
 
     def __init__(self, channels: int, kind: str, make_conditioner: Callable[[int, int], nn.Module]):
         super().__init__()
+        self.cache = CACHE
         self.transform = make_transform(kind, channels // 2)
         self.conditioner = make_conditioner(channels - channels // 2, self.transform.num_raw)
 
@@ -270,7 +274,7 @@ class Coupling(Conditioned):
         if x.device.type != "cpu":
             return (x,)
         keep = torch.is_grad_enabled() and not self.recompute
-        fit = CACHE * (KEEP if keep else 1) // (self.conditioner.hidden * x.shape[2] * x.shape[3])
+        fit = self.cache * (KEEP if keep else 1) // (self.conditioner.hidden * x.shape[2] * x.shape[3])
         return x.split(1 << max(0, fit.bit_length() - 1))
 
     @torch.no_grad()
