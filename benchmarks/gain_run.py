@@ -150,11 +150,8 @@ def build(args: argparse.Namespace, sets, transform):
     size, batch = min(spec[0][-1], max(train_set.image_size)), min(args.batch_size, len(train_set))
     augment = train_transform(size, train_set.channels, args)
     first = create_loader(train_set, augment, batch, True, args.seed, drop_last=True)
-    return (
-        model.to(memory_format=memory_format(args)),
-        pipeline,
-        (first, create_loader(judged, eval_transform(size), JUDGED, False, 0)),
-    )
+    second = create_loader(judged, eval_transform(size), JUDGED, False, 0)
+    return model.to(memory_format=memory_format(args)), pipeline, (first, second)
 
 
 def train_step(args, model: nn.Module, pipeline: BatchPipeline, optimizer, stream, numbers) -> tuple[float, Tensor]:
