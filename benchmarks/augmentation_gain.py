@@ -31,6 +31,7 @@ convolutions of Lite0 may run at a third of that, --amp bf16 may halve the other
 import argparse
 import fnmatch
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -144,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     given = sys.argv[1:] if argv is None else argv
     try:
-        print(work(args, " ".join(["python benchmarks/augmentation_gain.py", *given])))
+        print(work(args, shlex.join(["python", "benchmarks/augmentation_gain.py", *given])))
     except (ValueError, OSError) as error:
         sys.exit(f"augmentation_gain.py: {error}")
 

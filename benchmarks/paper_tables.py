@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     given = sys.argv[1:] if argv is None else argv
     try:
-        work(args, " ".join(["python benchmarks/paper_tables.py", *given]))
+        work(args, shlex.join(["python", "benchmarks/paper_tables.py", *given]))
     except (ValueError, OSError) as error:
         sys.exit(f"paper_tables.py: {error}")
     print(args.output.read_text())
