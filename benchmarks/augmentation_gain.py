@@ -16,13 +16,13 @@ one core each are faster than one on two: give them other --seeds, so that they 
 of all images with --full-flow. A report covers the --seeds that it is asked for.
 
 Hours on two cores at 100 GFLOP/s, at which a Swin-Tiny trains in overhead.md (5 seeds, 3 for all images); the thin
-convolutions of Lite0 may run at a third of that, --amp bf16 may halve the others:
+convolutions of Lite0 may run at a third of that, the others train in bfloat16, which may halve theirs:
 
 | runs | few images | all images |
 |---|---|---|
-| lite0, four arms | 1.7 | 1.1 |
-| swin, four arms | 10.6 | 6.3 |
-| swin, six rivals | 15.8 | |
+| lite0, four arms | 1.6 | 1.1 |
+| swin, four arms | 10.0 | 6.3 |
+| swin, six rivals | 15.1 | |
 | resnet18, four arms | 15.1 | 9.0 |
 | flows | 0.7 | 0.1 |
 | --tune | 6.2 | |
