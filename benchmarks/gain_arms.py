@@ -75,8 +75,12 @@ CLASSIFIERS = {  # learning rates are those of the recipes, for batches of 64; d
     },
     "resnet18": {
         **_of_recipe("resnet18_cifar10", "momentum", *TRAINING),
-        **{"model": "resnet18_small_image", "img_size": 28, "pretrained": False, "lr": 0.05},
-        **{"channels_last": True, "amp": "bf16"},
+        "model": "resnet18_small_image",
+        "img_size": 28,
+        "pretrained": False,
+        "lr": 0.05,
+        "channels_last": True,
+        "amp": "bf16",
     },
     "lite0": {
         **_of_recipe("efficientnet_lite0_fashion_mnist", "model", "img_size", "lr", *TRAINING),
