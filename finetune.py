@@ -27,6 +27,7 @@ import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
 from flowaug.classifier import accuracy, eval_transform, train_transform
+from flowaug.copies import AugmentedCopies
 from flowaug.data import create_loader
 from flowaug.finetuning import (
     create_classifier,
@@ -150,7 +151,10 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         flow = describe_flow(args, sets[0])
         return accelerator.print(classifier_plan(args, model, spec[0], sets, steps, flow, accelerator))
     flow_mixup = load_flow_mixup(args, sets[0], accelerator)
-    pipeline = create_pipeline(args, spec, flow_mixup, num_classes, device)
+    if args.flow_aug_copies:
+        sets[0] = AugmentedCopies(sets[0], flow_mixup, args.flow_aug_copies, args.seed)
+        train_loader, _ = create_loaders(args, sets, spec[0], accelerator)
+    pipeline = create_pipeline(args, spec, None if args.flow_aug_copies else flow_mixup, num_classes, device)
     optimizer = create_optimizer(args, model)
     scheduler = create_schedule(args, optimizer, steps)
     criterion = create_loss(args)

@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowaug.checkpoint import write_atomic, write_json
+from flowaug.copies import Chunk, augmented, chunks, to_image
 from flowaug.data import ImageDataset
 from flowaug.flow import Flow
 from flowaug.generation import CHUNK, sample
@@ -23,20 +23,6 @@ from flowaug.transform import FlowMixupTransform
 
 FORMATS = ("folder", "webdataset")
 MANIFEST = "export.json"
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Images ``start`` to ``stop`` of the data set in copy number ``copy``; copy 0 is the originals."""
-
-    copy: int
-    start: int
-    stop: int
-
-    @property
-    def indices(self) -> range:
-        """Positions in the data set."""
-        return range(self.start, self.stop)
 
 
 def export(
@@ -78,8 +64,8 @@ def export(
         raise ValueError(f"copies is {copies}; expected at least 1, or 0 with originals=True to write the images alone")
     facts = {"data": dataset.fingerprint(), "split": split, "layout": layout, "seed": seed, **(settings or {})}
     writer = _open(folder, facts, dataset.class_names, dataset.targets, layout, split)
-    chunks = _chunks(len(dataset), range(0 if originals else 1, copies + 1))
-    counts = _write(writer, chunks, lambda chunk: _augmented(transform, dataset, chunk, seed), "exporting")
+    parts = chunks(len(dataset), range(0 if originals else 1, copies + 1))
+    counts = _write(writer, parts, lambda chunk: augmented(transform, dataset, chunk, seed), "exporting")
     return {**counts, **transform.counts}
 
 
@@ -125,12 +111,12 @@ def generate(
     facts = {"generated": per_class, "temperature": temperature, "split": split, "layout": layout, "seed": seed}
     writer = _open(folder, {**facts, **(settings or {})}, names, labels.numpy(), layout, split)
     draw = partial(sample, flow.freeze(), temperature=temperature, seed=seed, gaussians=gaussians)
-    return _write(writer, _chunks(len(labels), range(1, 2)), lambda chunk: _drawn(draw, labels, chunk), "generating")
+    return _write(writer, chunks(len(labels), range(1, 2)), lambda chunk: _drawn(draw, labels, chunk), "generating")
 
 
 def _drawn(draw: Callable[..., Tensor], labels: Tensor, chunk: Chunk) -> dict[int, Image.Image]:
     images = draw(labels[chunk.start : chunk.stop], chunk=chunk.start // CHUNK)
-    return dict(zip(chunk.indices, map(_to_image, images), strict=True))
+    return dict(zip(chunk.indices, map(to_image, images), strict=True))
 
 
 def _open(
@@ -144,41 +130,17 @@ def _open(
     return {"folder": FolderWriter, "webdataset": ShardWriter}[layout](folder, split, names, targets)
 
 
-def _write(writer, chunks: list[Chunk], render: Callable[[Chunk], dict[int, Image.Image]], what: str) -> dict:
+def _write(writer, parts: list[Chunk], render: Callable[[Chunk], dict[int, Image.Image]], what: str) -> dict:
     """Write what is missing of each chunk; a chunk that is whole is not rendered."""
     written = 0
-    with tqdm(total=len(chunks) * CHUNK, desc=what, unit=" images", leave=False, delay=2) as bar:
-        for chunk in chunks:
+    with tqdm(total=len(parts) * CHUNK, desc=what, unit=" images", leave=False, delay=2) as bar:
+        for chunk in parts:
             if missing := writer.missing(chunk):
                 writer.write(chunk, render(chunk), missing)
             written += len(missing)
             bar.update(CHUNK)
-    total = sum(len(chunk.indices) for chunk in chunks)
+    total = sum(len(chunk.indices) for chunk in parts)
     return {"images": written, "kept": total - written}
-
-
-def _augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk, seed: int) -> dict[int, Image.Image]:
-    """The images of a chunk by their position; those of one size go through the flow together."""
-    images = {i: dataset.image(i) for i in chunk.indices}
-    if chunk.copy == 0:
-        return images
-    transform.reseed(seed, chunk.copy, chunk.start)
-    sizes: dict[tuple, list[int]] = {}
-    for i, image in images.items():
-        sizes.setdefault(image.size, []).append(i)
-    for members in sizes.values():
-        x = torch.stack([_to_tensor(images[i]) for i in members])
-        mixed, _ = transform(x, torch.as_tensor(dataset.targets[members]))
-        images.update(zip(members, map(_to_image, mixed), strict=True))
-    return images
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
-
-
-def _to_image(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
 def _png(image: Image.Image) -> bytes:
@@ -232,10 +194,6 @@ class ShardWriter:
                     entry.size = len(data)
                     shard.addfile(entry, io.BytesIO(data))
         write_atomic(self.path(chunk), buffer.getvalue())
-
-
-def _chunks(count: int, copies: range) -> list[Chunk]:
-    return [Chunk(c, start, min(start + CHUNK, count)) for c in copies for start in range(0, count, CHUNK)]
 
 
 def _folder_names(class_names: Sequence[str]) -> list[str]:

@@ -64,6 +64,10 @@ class ImageDataset(Dataset):
         image = self.image(index)
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
+    def visit(self, index: int, number: int):
+        """The image and label on visit ``number`` of a training; here they are those of every visit."""
+        return self[index]
+
     @property
     def in_memory(self) -> bool:
         """Whether the pixels are held as an array (else: as files)."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from flowaug.images import ImageDataset
 
 
 def batches(
@@ -55,7 +57,7 @@ def batches(
 
 
 def create_loader(
-    dataset: Dataset,
+    dataset: ImageDataset,
     transform: Callable,
     batch_size: int,
     shuffle: bool,
@@ -82,12 +84,11 @@ def create_loader(
         return dataset.stream_loader(transform, batch_size, shuffle, seed, workers, rank, world_size, copies)
     view = copy.copy(dataset)
     view.transform = transform
-    if copies > 1:  # an epoch sees every image this often, each time with other random transforms
-        view = ConcatDataset([view] * copies)
-    sampler = EpochSampler(len(view), shuffle, seed, shuffle or drop_last, rank, world_size)
+    visits = SeededVisits(view, seed, copies)
+    sampler = EpochSampler(len(visits), shuffle, seed, shuffle or drop_last, rank, world_size)
     check_batch_size(batch_size, len(sampler), drop_last)
     return DataLoader(
-        SeededImages(view, seed),
+        visits,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
@@ -106,20 +107,24 @@ def endless_batches(loader: DataLoader, start: int) -> Iterator:
         yield from loader
 
 
-class SeededImages(Dataset):
-    """A data set whose random transforms depend on (seed, epoch, image) alone; its keys come from `EpochSampler`."""
+class SeededVisits(Dataset):
+    """Visits to the images of a data set, ``copies`` to each per epoch; the keys (epoch, index) are of `EpochSampler`.
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    The random transforms depend on (seed, epoch, index) alone.
+    """
+
+    def __init__(self, dataset: ImageDataset, seed: int, copies: int = 1):
+        self.dataset, self.seed, self.copies = dataset, seed, copies
 
     def __len__(self) -> int:
-        """Number of images."""
-        return len(self.dataset)
+        """Visits of an epoch."""
+        return self.copies * len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         """The image and label of ``key = (epoch, index)``."""
+        epoch, (copy, image) = key[0], divmod(key[1], len(self.dataset))
         with seeded(self.seed, *key):
-            return self.dataset[key[1]]
+            return self.dataset.visit(image, epoch * self.copies + copy)
 
 
 def seed_everything(*numbers: int) -> None:

@@ -10,6 +10,7 @@ from flowaug.models import list_flows
 from flowaug.real_labels import OWN
 from flowaug.recipes import add_data_options
 from flowaug.schedule import add_gaussian_options
+from flowaug.shardlists import is_shards
 
 COUPLINGS = ("additive", "affine", "matrix_exp")
 SCHEDULES = ("cosine", "tanh", "poly", "step")
@@ -51,9 +52,16 @@ def check_disagreements(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming both and the way out.
     """
-    idle = [n for n in ("p", "rank", "policy", "off_epoch") if getattr(args, f"flow_aug_{n}") is not None]
+    idle = [n for n in ("p", "rank", "policy", "off_epoch", "copies") if getattr(args, f"flow_aug_{n}") is not None]
     rules = {
         f"--flow-aug-{idle[0].replace('_', '-')} needs --flow-aug" if idle else "": idle and not args.flow_aug,
+        "--flow-aug-copies augments before training and --flow-aug-off-epoch stops within it; give one": (
+            args.flow_aug_copies is not None and args.flow_aug_off_epoch is not None
+        ),
+        "--flow-aug-copies keeps the images in memory, but shards are a stream; leave it out": (
+            args.flow_aug_copies is not None and is_shards(args.dataset, args.data_dir)
+        ),
+        "--flow-aug-copies must be at least 1": args.flow_aug_copies is not None and args.flow_aug_copies < 1,
         "--checkpoint and --pretrained name two sets of weights; give one": args.checkpoint and args.pretrained,
         "--mixup-off-epoch needs --mixup or --cutmix": args.mixup_off_epoch is not None
         and not (args.mixup or args.cutmix),
@@ -146,6 +154,13 @@ def _add_flow_aug_options(parser) -> None:
     flow.add_argument("--flow-aug-rank", type=int, help="leading class axes to move along; default: all fitted")
     flow.add_argument("--flow-aug-policy", type=Path, metavar="JSON", help="p, alpha and rank of single classes")
     flow.add_argument("--flow-aug-off-epoch", type=int, metavar="N", help="no flow augmentation from epoch N on")
+    flow.add_argument(
+        "--flow-aug-copies",
+        type=int,
+        metavar="N",
+        help="augment before crop and --aa, not after: N augmented copies of the images are made once, in memory, and "
+        "each visit to an image takes the next",
+    )
 
 
 def _add_crop_options(group) -> None:

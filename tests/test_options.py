@@ -6,6 +6,10 @@ import train_flow
 DISAGREE = [
     (["--flow-aug-policy", "p.json"], "--flow-aug-policy needs --flow-aug"),
     (["--flow-aug-off-epoch", "3"], "--flow-aug-off-epoch needs --flow-aug"),
+    (["--flow-aug-copies", "3"], "--flow-aug-copies needs --flow-aug"),
+    (["--flow-aug", "--flow-aug-copies", "3", "--flow-aug-off-epoch", "1"], "give one"),
+    (["--flow-aug", "--flow-aug-copies", "0"], "--flow-aug-copies must be at least 1"),
+    (["--flow-aug", "--flow-aug-copies", "3", "--dataset", "wds/"], "shards are a stream"),
     (["--checkpoint", "w.pth", "--pretrained"], "two sets of weights"),
     (["--mixup-off-epoch", "2"], "needs --mixup or --cutmix"),
     (["--sched", "step", "--lr-cycles", "2"], "no restarts"),

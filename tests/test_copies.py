@@ -1,0 +1,98 @@
+"""Augmented copies in memory: those of an export, whatever the sizes, and what a classifier trains on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+from flowaug import FlowMixupTransform
+from flowaug.copies import AugmentedCopies
+from flowaug.data import ImageDataset
+from flowaug.export import CHUNK, export
+from tests.conftest import NAMES, make_flow, make_pca
+
+QUICK = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu", "--batch-size", "16"]
+
+
+def images(count=9):
+    pixels = np.random.default_rng(0).integers(50, 200, (count, 8, 8, 3), dtype=np.uint8)
+    return ImageDataset(pixels, np.arange(count) % 3, NAMES, name="insects")
+
+
+def transform(**options):
+    flow = make_flow()
+    return FlowMixupTransform(flow, make_pca(flow), **{"p": 1.0, **options})
+
+
+def test_copies_are_those_of_an_export(tmp_path):
+    data = images(CHUNK + 2)
+    export(transform(), data, tmp_path, copies=2, seed=3)
+    mixed = transform()
+    copies = AugmentedCopies(data, mixed, 2, seed=3)
+    assert mixed.counts["augmented"] == 2 * len(copies) == 2 * len(data)
+    for index, number in ((0, 0), (1, 1), (CHUNK + 1, 0), (CHUNK, 3), (5, 4)):
+        image, label = copies.visit(index, number)
+        assert label == data.targets[index]
+        copy = number % 2
+        with Image.open(tmp_path / "train" / NAMES[label] / f"{index:07d}-{copy + 1}.png") as written:
+            assert np.array_equal(image, written)
+
+
+def test_the_original_and_the_global_generators_stay_as_they_are():
+    data, state = images(), torch.get_rng_state()
+    before = data.images.copy()
+    copies = AugmentedCopies(data, transform(), 1)
+    assert (torch.get_rng_state() == state).all()
+    assert (data.images == before).all()
+    assert (copies.name, copies.class_names, copies.channels) == ("insects", NAMES, 3)
+
+
+def test_a_share_of_zero_copies_the_images():
+    data = images()
+    copies = AugmentedCopies(data, transform(p=0.0), 2)
+    assert all(np.array_equal(copies.visit(i % 9, i // 9)[0], data.images[i % 9]) for i in range(18))
+
+
+def test_images_of_several_sizes_keep_them(tmp_path):
+    sizes = [(9, 8), (12, 12), (8, 10)]
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (90, 100 + i, 110)).save(tmp_path / f"{i}.png")
+    data = ImageDataset([tmp_path / f"{i}.png" for i in range(3)], [0, 1, 2], NAMES)
+    copies = AugmentedCopies(data, transform(), 2)
+    assert [copies.visit(i % 3, i // 3)[0].size for i in range(6)] == sizes * 2
+    assert [copies[i][0].size for i in range(3)] == sizes
+    assert (copies[0][0] == copies.visit(0, 0)[0], copies[0][0] == copies.visit(0, 1)[0]) == (True, False)
+
+
+@pytest.mark.parametrize(("data", "copies", "message"), [(images(), 0, "at least 1"), (object(), 1, "stream")])
+def test_bad_arguments(data, copies, message):
+    with pytest.raises(ValueError, match=message):
+        AugmentedCopies(data, transform(), copies)
+
+
+def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_path, capsys):
+    options = ["--flow-aug", "digits", "--flow-aug-copies", "2", "--images-per-class", "8", *QUICK, "--epochs", "2"]
+    options += ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5"]
+    finetune.main([*options, "--dry-run", "--output", str(tmp_path / "plan")])
+    assert "10 steps" in " ".join(capsys.readouterr().out.split())
+    finetune.main([*options, "--output", str(tmp_path / "out")])
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["steps"] == 10  # 80 images, batches of 16, two epochs
+    assert metrics["flow_aug"]["seen"] == 160  # two copies of each
+    assert metrics["flow_aug"]["refused"] == 0  # the flow meets digits as it knows them
+    assert metrics["flow_aug"]["augmented"] > 50
+
+
+def test_a_killed_run_on_copies_resumes_to_the_same_weights(tmp_path, killed_at):
+    options = ["--flow-aug", "digits", "--flow-aug-copies", "2", "--images-per-class", "4", *QUICK, "--steps", "5"]
+    options += ["--save-every", "1"]
+    finetune.main([*options, "--output", str(tmp_path / "whole")])
+    killed_at(3, finetune.main, [*options, "--output", str(tmp_path / "cut")])
+    finetune.main([*options, "--output", str(tmp_path / "cut")])
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    counts = [json.loads((tmp_path / run / "metrics.json").read_text())["flow_aug"] for run in ("cut", "whole")]
+    assert counts[0] == counts[1]
