@@ -30,6 +30,7 @@ class Setup:
         dataset: its name.
         classifiers: name to options of ``finetune.py``.
         with_rivals: classifiers that the rivals of flow mixup train too, on few images.
+        both_orders: classifiers that the standard augmentation before the flow trains too, on few images.
         steps: classifier to size to optimiser steps.
         batch_size: images per step.
         flow: options of ``train_flow.py``.
@@ -44,6 +45,7 @@ class Setup:
     dataset: str
     classifiers: dict[str, dict]
     with_rivals: tuple[str, ...]
+    both_orders: tuple[str, ...]
     steps: dict[str, dict[str, int]]
     batch_size: int
     flow: tuple[str, ...]
@@ -93,7 +95,8 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "nothing": ({}, None),
     "flow": ({}, "flow"),
     "standard": (STANDARD, None),
-    "standard+flow": (STANDARD, "flow"),
+    "flow+standard": (STANDARD, "flow"),  # copies that the flow has moved are cropped, RandAugmented, erased
+    "standard+flow": (STANDARD, "flow"),  # the flow gets batches that were
     "mixup": ({}, None),
     "cutmix": ({}, None),
     "pixel": ({}, "pixel"),
@@ -101,9 +104,11 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "noise": ({}, "noise"),
     "gaussian": ({}, "gaussian"),
 }
-MAIN_ARMS = ("nothing", "flow", "standard", "standard+flow")
+MAIN_ARMS = ("nothing", "flow", "standard", "flow+standard")
+FIRST = ("flow+standard",)  # arms whose flow comes before the transforms of single images
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
-RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS)
+OTHER_ORDER = ("standard+flow",)
+RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER)
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
     "mixup": {"mixup": 0.8},
@@ -117,6 +122,7 @@ FULL = Setup(
     dataset="fashion_mnist",
     classifiers=CLASSIFIERS,
     with_rivals=("swin",),
+    both_orders=("lite0",),
     steps={
         "lite0": {"20": 100, "100": 300, "500": 500, "all": 1000},
         "swin": {"20": 200, "100": 600, "500": 1000, "all": 2000},
@@ -131,6 +137,7 @@ SMOKE = Setup(
     dataset="digits",
     classifiers={"tiny": {"model": "test_resnet", "img_size": 32, "pretrained": False, "opt": "adamw", "lr": 2e-3}},
     with_rivals=("tiny",),
+    both_orders=("tiny",),
     steps={"tiny": {"8": 4}},
     batch_size=16,
     flow=("--rank", "64", "--steps", "4", "--solve-at", "2", "--batch-size", "16"),
@@ -141,7 +148,7 @@ SMOKE = Setup(
 
 def base_of(arm: str) -> str:
     """The arm that ``arm`` is compared with: the same without what it adds."""
-    return "standard" if arm == "standard+flow" else "nothing"
+    return "standard" if arm in ("flow+standard", "standard+flow") else "nothing"
 
 
 def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
@@ -149,7 +156,8 @@ def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
     few, whole = [], []
     for name, sizes in setup.steps.items():
         small = [size for size in sizes if size != "all"]
-        for part in (MAIN_ARMS, RIVALS if name in setup.with_rivals else ()):
+        rivals = RIVALS if name in setup.with_rivals else ()
+        for part in (MAIN_ARMS, OTHER_ORDER if name in setup.both_orders else (), rivals):
             few += [Cell(name, size, arm, seed) for seed in seeds for size in small for arm in part]
         if "all" in sizes:
             whole += [Cell(name, "all", arm, seed) for seed in seeds if seed < WHOLE_SEEDS for arm in MAIN_ARMS]

@@ -19,8 +19,10 @@ HEADER = """| arm | seeds | accuracy | gain over its base | flow mixup beyond it
 |---|---|---|---|---|---|---|"""
 NOTES = """Test accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
 subset, an initialisation and an order; arms of a seed are paired and take equally many steps. Gains are mean paired
-differences: `standard+flow` against `standard`, all others against `nothing`. Flows saw the training images of
-their run only. Share: images that came back changed, of all that went through (`FlowMixupTransform.counts`).
+differences: of arms with flow mixup beside `standard` against `standard`, of all others against `nothing`.
+`flow+standard` moves the images first, in copies that are then cropped, RandAugmented and erased; `standard+flow` moves
+batches that were cropped and RandAugmented. Flows saw the training images of their run only, never augmented. Share:
+images that came back changed, of all that went through (`FlowMixupTransform.counts`).
 Times are those of the runs, beside whatever else ran."""
 
 

@@ -4,13 +4,14 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from gain_arms import ARMS, Cell, Setup, flow_options, options_of
+from gain_arms import ARMS, FIRST, Cell, Setup, flow_options, options_of
 from rivals import create_augmentation
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from flowaug.checkpoint import CONFIG, write_json
 from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
 from flowaug.cli_options import random_subset
+from flowaug.copies import AugmentedCopies
 from flowaug.data import ImageDataset, create_loader, load_dataset
 from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule, memory_format
 from flowaug.loaders import endless_batches, seeded
@@ -37,8 +39,10 @@ def run(cell: Cell, setup: Setup) -> dict:
         return json.loads(path.read_text())
     args, sets = options_of(cell, setup), load_sets(setup.dataset, cell.size, cell.seed, setup.held_out)
     args.checkpoint = lite0_weights() if cell.classifier == "lite0" else None
-    transform = create_transform(cell, setup, sets[0])
-    result = train(args, sets, transform, path.with_suffix(""), " ".join(map(str, cell)))
+    transform, where = create_transform(cell, setup, sets[0]), (path.with_suffix(""), " ".join(map(str, cell)))
+    result = (
+        train_on_copies(args, sets, transform, *where) if cell.arm in FIRST else train(args, sets, transform, *where)
+    )
     write_json(path, {**cell._asdict(), **result, "options": identity(cell, setup)})
     return result
 
@@ -52,6 +56,7 @@ def result_path(cell: Cell, setup: Setup) -> Path:
 def identity(cell: Cell, setup: Setup) -> dict:
     """What decides the numbers of a run, as JSON."""
     skip = ("output", "resume", "save_every", "workers", "log_with", "dry_run", "cpu", "recipe", "quick", "checkpoint")
+    skip += ("flow_aug_copies",)  # the arm says it
     named = {"data": setup.dataset, "held_out": setup.held_out, **deciding_options(options_of(cell, setup), skip)}
     if ARMS[cell.arm][1] is None:
         return named
@@ -111,6 +116,17 @@ def create_transform(cell: Cell, setup: Setup, train_set: ImageDataset):
         return None
     options = transform_options(cell, setup)
     return create_augmentation(kind, find_flow(cell, setup), train_set, seed=cell.seed, **options)
+
+
+def train_on_copies(args: argparse.Namespace, sets, transform, folder: Path, name: str) -> dict:
+    """Let the flow move the images first, a copy for each pass over them, and train on the copies."""
+    train_set, judged = sets
+    began, passes = time.perf_counter(), math.ceil(args.steps * args.batch_size / len(train_set))
+    copies = AugmentedCopies(train_set, transform, passes, args.seed)
+    seconds = time.perf_counter() - began
+    result, extra = train(args, (copies, judged), None, folder, name), 1000 * seconds / (passes * len(train_set))
+    costs = {name: result[name] + extra for name in ("augment_ms", "step_ms")}
+    return {**result, **costs, "counts": transform.counts}
 
 
 def train(args: argparse.Namespace, sets, transform, folder: Path, name: str) -> dict:

@@ -51,7 +51,9 @@ def test_augmentation_gain_runs_every_arm_reports_and_repeats_nothing(benchmark,
     assert {result["images"] for result in results} == {359}
     moved = {result["arm"]: result["counts"] for result in results}
     assert moved["nothing"] is None
-    assert all(moved[arm]["seen"] == 32 for arm in ("flow", "standard+flow", "pixel", "latent", "noise", "gaussian"))
+    with_flow = ("flow", "standard+flow", "pixel", "latent", "noise", "gaussian")
+    assert all(moved[arm]["seen"] == 32 for arm in with_flow)
+    assert moved["flow+standard"]["seen"] == 80  # one copy of each image was made
     assert len(list((tmp_path / "runs" / "flows").iterdir())) == 1  # all arms of a seed share the flow
     monkeypatch.setattr(run, "train", None)  # nothing is trained again
     gain.main([*options, "--steps", "2"])
@@ -87,7 +89,7 @@ def test_the_plan_has_every_cell_once_and_few_images_first(benchmark):
     assert len(plan) == len(set(plan))
     count = {name: sum(cell.classifier == name for cell in plan) for name in arms.FULL.classifiers}
     main, whole = 3 * 4 * 5, 4 * 3  # sizes, arms, seeds
-    assert count == {"swin": main + 3 * 6 * 5 + whole, "resnet18": main + whole, "lite0": main + whole}
+    assert count == {"swin": main + 3 * 6 * 5 + whole, "resnet18": main + whole, "lite0": main + 3 * 5 + whole}
     assert {cell.size for cell in plan[: -3 * whole]} == {"20", "100", "500"}
     parts = [arms.cells(arms.FULL, seeds) for seeds in ([0, 2, 4], [1, 3])]
     assert sorted(parts[0] + parts[1]) == sorted(plan)
