@@ -184,7 +184,8 @@ bounds {VARIANCE_BOUNDS}, tolerance 1e-4 on the residual.
 
 ## Steps to a residual of 1e-4
 
-Ours is the fixed-point step as the metric of a projected L-BFGS with memory 4; refused trials count as steps.
+Ours is a projected L-BFGS with memory 4 whose metric is the step along each coordinate, that of Eq. (5) for means and,
+where variances are learned, that to the coordinate's minimum; refused trials count as steps.
 Anderson has memory 5 and the same damping of ½; plain is the damped iteration.
 
 {table(["K", "D", "learned", "λ'", "ours", "Anderson", "plain"], steps)}

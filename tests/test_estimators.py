@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,8 @@ from flowaug.estimators import (
     objective,
     unit_gaussian,
 )
+from flowaug.estimators.divergence import kernel, pairwise_kld
+from flowaug.estimators.fpi import make_balance
 from flowaug.gaussians import ClassGaussians, GaussianParameters
 from flowaug.moments import ClassMoments
 from tests import oracles
@@ -55,6 +58,33 @@ def test_one_sweep_equals_the_literal_loops(learn, pi):
     torch.testing.assert_close(found.value, GaussianParameters(*expected), atol=1e-10, rtol=0)
     assert found.steps == 1
     assert not found.converged
+
+
+@pytest.mark.parametrize(("kld_weight", "isotropic"), [(0.1, False), (0.3, False), (0.3, True)])
+def test_an_exact_step_leads_to_the_minimum_along_its_coordinate(kld_weight, isotropic):
+    moments = _moments(6, 11)
+    options = {"alpha": 3.0, "pi": "pair", "learn": ("mean", "variance"), "variance_bounds": None}
+    options |= {"kld_weight": kld_weight, "isotropic": isotropic, "variance": "data"}
+    balance, x = make_balance(moments, exact=True, **options)
+    weights = kernel(pairwise_kld(*balance.value(x)), kld_weight, 3.0, "pair")
+
+    def force(k, d, block, change):
+        moved = x.clone()
+        moved[block, k, slice(None) if isotropic and block else d] += change
+        moved.requires_grad_()
+        value = GaussianParameters(moved[0], moved[1].exp())
+        held = objective(value, moments, kld_weight=0.0) - (weights * pairwise_kld(*value)).sum()
+        gradient = torch.autograd.grad(held, moved)[0][block, k]
+        return float(gradient.sum() if isotropic and block else gradient[d])
+
+    step, inside = balance.evaluate(x).step, 0
+    for block, k, d in itertools.product(range(2), range(6), range(11)):
+        change = float(step[block, k, d])
+        assert change * force(k, d, block, 0.0) < 0
+        if block == 0 or abs(change) < 0.99 * math.log(2):
+            inside += 1
+            assert abs(force(k, d, block, change)) < 1e-9
+    assert inside > 66
 
 
 def test_sweeps_do_not_depend_on_the_blocks_of_dimensions(monkeypatch):

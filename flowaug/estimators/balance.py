@@ -14,6 +14,8 @@ from flowaug.gaussians import GaussianParameters
 __all__ = ["Balance", "Height", "Point"]
 
 _NOTHING = 1e-9  # a displacement of this many standard deviations counts as none
+_FLATTEST = 0.05  # share of the data term's curvature below which a mean's is not trusted
+_FARTHEST = 2.0  # factor by which a variance changes at most on the way to its minimum
 
 
 class Height(NamedTuple):
@@ -36,7 +38,8 @@ class Point(NamedTuple):
     Attributes:
         height: the state and the terms of the objective.
         gradient: of the objective with respect to the state; 0 where a bound holds a variance.
-        step: what one undamped sweep of Eq. (5) and (6) would add to the state.
+        step: what one undamped sweep of Eq. (5) and (6) would add to the state, or, of a `Balance` that is exact,
+            the way to the minimum along each coordinate.
         residual: norm of the gradient over that of the larger of its two opposing parts, see `FixedPoint`.
     """
 
@@ -58,6 +61,8 @@ class Balance:
         learn: `"mean"`, `"variance"` or both.
         bounds: lower and upper bound of learned variances.
         isotropic: one variance per class.
+        exact: let each step lead to the minimum of the objective along its coordinate, the others and the weights
+            of the pairs held, where variances are learned; else it is the published sweep.
         dtype: of the forces. The state, the divergences and the data term are float64.
     """
 
@@ -72,10 +77,11 @@ class Balance:
         learn: tuple[str, ...],
         bounds: tuple[float, float] = (0.0, math.inf),
         isotropic: bool = False,
+        exact: bool = False,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self.data, self.fixed, self.learn, self.isotropic, self.bounds = data, fixed, learn, isotropic, bounds
-        self.kld_weight, self.alpha, self.pi, self.dtype = kld_weight, alpha, pi, dtype
+        self.kld_weight, self.alpha, self.pi, self.exact, self.dtype = kld_weight, alpha, pi, exact, dtype
         low, high = bounds
         self.log_bounds = (math.log(low) if low > 0 else -math.inf, math.log(high))
 
@@ -112,7 +118,7 @@ class Balance:
             self._fill(block, weights, sums, sides)
         if self.isotropic and "variance" in self.learn:
             wide = (side.div_(x.shape[2]).expand_as(x[0]) for side in sides)
-            sums["variance"] += self._balance_variance(value.variance, *wide, x[-1], gradient[-1], step[-1])
+            sums["variance"] += self._balance_variance(value.variance, *wide, weights, x[-1], gradient[-1], step[-1])
         residuals = [_residual(*part.sqrt(), size=x[0].numel()) for part in sums.values()]
         return Point(height, gradient, step, float(torch.stack(residuals).max()))  # NaN stays NaN
 
@@ -124,12 +130,14 @@ class Balance:
         push, shrink, grow = repulsion(mean, variance, weights, self.learn)
         if "mean" in self.learn:
             sums["mean"] += _balance_mean(pull, variance, push, gradient[0], step[0])
+            if self.exact and grow is not None:  # the pairs take grow / v of the data term's curvature away
+                step[0].div_((1 - grow / variance).clamp_(min=_FLATTEST))
         if "variance" in self.learn:
             terms = scatter, shrink.add_(variance), grow.add_(scatter)  # then Σ A⁺ Σ and B⁺
             if self.isotropic:
                 sides += torch.stack(terms).sum(2, keepdim=True)
             else:
-                sums["variance"] += self._balance_variance(variance, *terms, x[-1], gradient[-1], step[-1])
+                sums["variance"] += self._balance_variance(variance, *terms, weights, x[-1], gradient[-1], step[-1])
 
     def free(self, point: Point) -> Tensor:
         """Which coordinates of a state no bound holds; a gradient inside the bounds may round to 0."""
@@ -140,15 +148,9 @@ class Balance:
         return free
 
     def metric(self, point: Point) -> Tensor:
-        """The positive diagonal, float32, that turns minus the gradient into a step.
-
-        It inverts the curvature of the data term: for the means that is the step of Eq. (5); the square root of
-        Eq. (6) makes half a Newton step in the log-variances, which is doubled.
-        """
-        metric = torch.div(point.step, point.gradient).nan_to_num_(nan=0.0).neg_().float()
-        if "variance" in self.learn:
-            metric[-1].mul_(2.0)
-        return metric
+        """The positive diagonal, float32, that turns minus the gradient into the step."""
+        ratio = torch.div(point.step, point.gradient).neg_()
+        return ratio.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).clamp_(min=0.0).float()
 
     def merit(self, height: Height, reference: Height) -> float:
         r"""What a step away from `reference` must decrease.
@@ -170,6 +172,7 @@ class Balance:
         scatter: Tensor,
         shrink: Tensor,
         grow: Tensor,
+        weights: Tensor,
         log_variance: Tensor,
         gradient: Tensor,
         step: Tensor,
@@ -181,7 +184,11 @@ class Balance:
         held = ((log_variance <= low) & (force > 0)) | ((log_variance >= high) & (force < 0))
         force.masked_fill_(held, 0.0)
         gradient.copy_(force).mul_(0.5)
-        step.copy_((grow / shrink).log_().mul_(0.5).masked_fill_(held, 0.0))  # Eq. (6): Σ √(B / Σ A Σ)
+        if self.exact:
+            change = _way_to_minimum(variance, scatter, shrink, grow, weights)
+        else:
+            change = (grow / shrink).log_().mul_(0.5)  # Eq. (6): Σ √(B / Σ A Σ)
+        step.copy_(change.masked_fill_(held, 0.0))
         return torch.stack([*sums, force.square_().sum()])
 
 
@@ -192,6 +199,23 @@ def _balance_mean(pull: Tensor, variance: Tensor, push: Tensor, gradient: Tensor
     gradient.copy_(change.div_(variance)).neg_()
     parts = (pull.square_().div_(variance), push.square_().div_(variance), change.square_().mul_(variance))
     return torch.stack([part.sum() for part in parts])
+
+
+def _way_to_minimum(variance: Tensor, scatter: Tensor, shrink: Tensor, grow: Tensor, weights: Tensor) -> Tensor:
+    r"""Change of each log-variance to the minimum of the objective along it.
+
+    With :math:`r = v' / v` the gradient is :math:`\tfrac12 (a - p r - c / r)`, :math:`p` from the pairs whose
+    divergence grows with the variance and :math:`c` from data and the other pairs. The smaller root is the minimum.
+    Without one, or beyond the larger root, the objective falls without end.
+    """
+    given, taken = weights.sum(1)[:, None], weights.sum(0)[:, None]
+    a = 1 + given - taken
+    p = (grow - scatter).div_(variance).sub_(taken)
+    c = (scatter - shrink).div_(variance).add_(1 + given)
+    square = a.square() - 4 * p * c
+    sides = square.clamp(min=0.0).sqrt_().add_(a)  # twice the distance of the middle from either root
+    ratio = (2 * c).div_(sides).clamp_(1 / _FARTHEST, _FARTHEST)
+    return ratio.masked_fill_((square < 0) | (sides <= 2 * p), _FARTHEST).log_()
 
 
 def _residual(attraction: Tensor, repulsion: Tensor, total: Tensor, size: int) -> Tensor:

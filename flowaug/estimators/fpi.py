@@ -135,6 +135,7 @@ def fpi(
         variance=variance,
         variance_bounds=variance_bounds,
         isotropic=isotropic,
+        exact=memory > 0,
         dtype=torch.float32 if memory and tol >= 1e-5 else torch.float64,
     )
     options = {"damp": damp, "tol": tol, "max_steps": max_steps}
@@ -155,6 +156,7 @@ def make_balance(
     variance: str | Tensor,
     variance_bounds: tuple[float, float] | None,
     isotropic: bool = False,
+    exact: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Balance, Tensor]:
     """Checks the arguments of an estimator (see `fpi`), sets up its equations and its initial state."""
@@ -174,6 +176,7 @@ def make_balance(
         learn=learn,
         bounds=bounds,
         isotropic=isotropic,
+        exact=exact,
         dtype=dtype,
     )
     blocks = {"mean": start.mean, "variance": start.variance.log()}

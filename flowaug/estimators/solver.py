@@ -1,4 +1,4 @@
-"""Two ways to a balance: the damped iteration as published, and the same step inside a quasi-Newton method."""
+"""Two ways to a balance: the damped iteration as published, and a quasi-Newton method."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def iterate(balance: Balance, start: Tensor, *, damp: float, tol: float, max_ste
 def accelerate(
     balance: Balance, start: Tensor, *, damp: float, memory: int, tol: float, max_steps: int
 ) -> tuple[Point, int]:
-    """Projected L-BFGS whose metric is the fixed-point step (two-metric projection: Bertsekas, 1982).
+    """Projected L-BFGS whose metric is the step along each coordinate (two-metric projection: Bertsekas, 1982).
 
-    The step of Eq. (5) and (6) is the gradient times a positive diagonal: Σ for the means, about Σ / B⁺ for the
-    log-variances. That diagonal is the initial inverse Hessian, `memory` pairs of differences refine it, and
-    every step must decrease `Balance.merit`: unlike the plain iteration and its Anderson acceleration it does not
-    cycle, and it is not drawn to saddles.
+    That step is the gradient times a positive diagonal: about the data term's inverse curvature for Eq. (5) and (6); of
+    a balance that is exact, the way to each coordinate's minimum, which is far where pairs nearly cancel the data term.
+    The diagonal is the initial inverse Hessian, `memory` pairs of differences refine it, and every step must decrease
+    `Balance.merit`: unlike the plain iteration and its Anderson acceleration it does not cycle, and it is not drawn to
+    saddles.
 
     Returns:
         The last accepted point and the number of states tried after the first.
