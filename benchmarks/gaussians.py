@@ -1,6 +1,6 @@
 """Solvers of the class Gaussians: steps to convergence, seconds and memory at ImageNet's size, and two peers.
 
-    python benchmarks/gaussians.py            # about 10 minutes on 2 cores; writes benchmarks/gaussians.md
+    python benchmarks/gaussians.py            # about 4 minutes on 2 cores; writes benchmarks/gaussians.md
 
 The statistics are random: means of spread 0.5, variances uniform in [0.3, 1.2], 1300 samples per class. The peers
 are Anderson acceleration of the damped iteration, and a sweep of the same equations written out over tensors of
