@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 import time
 from typing import NamedTuple
 
@@ -102,10 +103,17 @@ def classifier_plan(args: argparse.Namespace, model: nn.Module, input_size, sets
         flow=flow,
         training=_steps_line(steps, per_step, accelerator, images / len(sets[0]))
         + f"; {args.opt}, lr {args.lr:g}, {args.sched}",
-        memory=f"about {memory / GIB:.2f} GiB a process",
+        memory=f"about {memory / GIB:.2f} GiB a process" + _copies_part(args, sets[0]),
         time=_time_line(3 * cost.flops * images, speed, accelerator.device),
         output=_output_line(args),
     )
+
+
+def _copies_part(args: argparse.Namespace, dataset) -> str:
+    if not args.flow_aug_copies:
+        return ""
+    pixels = args.flow_aug_copies * len(dataset) * math.prod(dataset.image_size) * dataset.channels
+    return f", and {pixels / GIB:.2f} GiB on the host for the copies of --flow-aug-copies"
 
 
 def _count(model: nn.Module) -> int:

@@ -77,7 +77,9 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
     options = ["--flow-aug", "digits", "--flow-aug-copies", "2", "--images-per-class", "8", *QUICK, "--epochs", "2"]
     options += ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5"]
     finetune.main([*options, "--dry-run", "--output", str(tmp_path / "plan")])
-    assert "10 steps" in " ".join(capsys.readouterr().out.split())
+    plan = " ".join(capsys.readouterr().out.split())
+    assert "10 steps" in plan
+    assert "0.00 GiB on the host for the copies" in plan
     finetune.main([*options, "--output", str(tmp_path / "out")])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["steps"] == 10  # 80 images, batches of 16, two epochs
