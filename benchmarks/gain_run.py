@@ -39,10 +39,8 @@ def run(cell: Cell, setup: Setup) -> dict:
         return json.loads(path.read_text())
     args, sets = options_of(cell, setup), load_sets(setup.dataset, cell.size, cell.seed, setup.held_out)
     args.checkpoint = lite0_weights() if cell.classifier == "lite0" else None
-    transform, where = create_transform(cell, setup, sets[0]), (path.with_suffix(""), " ".join(map(str, cell)))
-    result = (
-        train_on_copies(args, sets, transform, *where) if cell.arm in FIRST else train(args, sets, transform, *where)
-    )
+    transform, work = create_transform(cell, setup, sets[0]), train_on_copies if cell.arm in FIRST else train
+    result = work(args, sets, transform, path.with_suffix(""), " ".join(map(str, cell)))
     write_json(path, {**cell._asdict(), **result, "options": identity(cell, setup)})
     return result
 
@@ -125,8 +123,8 @@ def train_on_copies(args: argparse.Namespace, sets, transform, folder: Path, nam
     copies = AugmentedCopies(train_set, transform, passes, args.seed)
     seconds = time.perf_counter() - began
     result, extra = train(args, (copies, judged), None, folder, name), 1000 * seconds / (passes * len(train_set))
-    costs = {name: result[name] + extra for name in ("augment_ms", "step_ms")}
-    return {**result, **costs, "counts": transform.counts}
+    dearer = {time: result[time] + extra for time in ("augment_ms", "step_ms")}
+    return {**result, **dearer, "counts": transform.counts}
 
 
 def train(args: argparse.Namespace, sets, transform, folder: Path, name: str) -> dict:

@@ -83,19 +83,19 @@ class AugmentedCopies(ImageDataset):
             raise ValueError(f"copies is {copies}; expected at least 1")
         if not isinstance(dataset, ImageDataset):
             raise ValueError("shards are a stream and cannot be copied in memory; augment batches instead")
+        self.originals = len(dataset)
         self.pixels = list(_copied(transform, dataset, copies, seed))
         same = {name: getattr(dataset, name) for name in ("name", "channels", "grey_levels", "transform")}
-        super().__init__(range(len(dataset)), dataset.targets, dataset.class_names, **same)
+        super().__init__(range(self.originals), dataset.targets, dataset.class_names, **same)
 
     def visit(self, index: int, number: int):
         """The image on visit ``number``, in its copy ``number mod copies``, and its label."""
-        place = (number * len(self) + index) % len(self.pixels)
-        image = Image.fromarray(self.pixels[place])
+        image = Image.fromarray(self.pixels[(number * self.originals + self.images[index]) % len(self.pixels)])
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
     def open(self, index: int) -> Image.Image:
         """The image in its first copy."""
-        return Image.fromarray(self.pixels[index])
+        return Image.fromarray(self.pixels[self.images[index]])
 
 
 def to_image(pixels: Tensor) -> Image.Image:

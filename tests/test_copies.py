@@ -67,6 +67,15 @@ def test_images_of_several_sizes_keep_them(tmp_path):
     assert (copies[0][0] == copies.visit(0, 0)[0], copies[0][0] == copies.visit(0, 1)[0]) == (True, False)
 
 
+def test_a_part_of_the_copies_keeps_each_image_with_its_label():
+    whole = AugmentedCopies(images(), transform(), 2)
+    part = whole.subset([7, 2])
+    for number in range(2):
+        assert np.array_equal(part.visit(1, number)[0], whole.visit(2, number)[0])
+    assert np.array_equal(part[0][0], whole[7][0])
+    assert part[0][1] == whole[7][1]
+
+
 @pytest.mark.parametrize(("data", "copies", "message"), [(images(), 0, "at least 1"), (object(), 1, "stream")])
 def test_bad_arguments(data, copies, message):
     with pytest.raises(ValueError, match=message):
