@@ -148,7 +148,7 @@ SMOKE = Setup(
 
 def base_of(arm: str) -> str:
     """The arm that ``arm`` is compared with: the same without what it adds."""
-    return "standard" if arm in ("flow+standard", "standard+flow") else "nothing"
+    return "standard" if arm in FIRST + OTHER_ORDER else "nothing"
 
 
 def cells(setup: Setup, seeds: list[int]) -> list[Cell]:

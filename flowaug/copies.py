@@ -90,12 +90,14 @@ class AugmentedCopies(ImageDataset):
 
     def visit(self, index: int, number: int):
         """The image on visit ``number``, in its copy ``number mod copies``, and its label."""
-        image = Image.fromarray(self.pixels[(number * self.originals + self.images[index]) % len(self.pixels)])
-        return image if self.transform is None else self.transform(image), int(self.targets[index])
+        return self._labelled(self._copy(index, number), index)
 
     def open(self, index: int) -> Image.Image:
         """The image in its first copy."""
-        return Image.fromarray(self.pixels[self.images[index]])
+        return self._copy(index, 0)
+
+    def _copy(self, index: int, number: int) -> Image.Image:
+        return Image.fromarray(self.pixels[(number * self.originals + self.images[index]) % len(self.pixels)])
 
 
 def to_image(pixels: Tensor) -> Image.Image:

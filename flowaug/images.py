@@ -61,8 +61,7 @@ class ImageDataset(Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int):
-        image = self.image(index)
-        return image if self.transform is None else self.transform(image), int(self.targets[index])
+        return self._labelled(self.image(index), index)
 
     def visit(self, index: int, number: int):
         """The image and label on visit ``number`` of a training; here they are those of every visit."""
@@ -124,6 +123,9 @@ class ImageDataset(Dataset):
             sizes = [(Path(os.path.relpath(p, root)).as_posix(), p.stat().st_size) for p in self.images]
             digest.update(repr(sizes).encode())
         return digest.hexdigest()[:16]
+
+    def _labelled(self, image: Image.Image, index: int):
+        return image if self.transform is None else self.transform(image), int(self.targets[index])
 
     def _own_channels(self) -> int:
         if self.in_memory:
