@@ -41,6 +41,13 @@ def test_copies_are_those_of_an_export(tmp_path):
             assert np.array_equal(image, written)
 
 
+def test_copies_depend_on_the_seed_and_not_on_what_the_transform_did_before():
+    data, used = images(), transform()
+    first, again, other = (AugmentedCopies(data, used, 1, seed=seed).pixels for seed in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
 def test_the_original_and_the_global_generators_stay_as_they_are():
     data, state = images(), torch.get_rng_state()
     before = data.images.copy()
