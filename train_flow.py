@@ -181,7 +181,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         x, y = augment(flow, x.to(device), args, generator), y.to(device)
-        loss = flow.bits_per_dim(model(x, y)).mean()
+        loss = flow.bits_per_dim(model(x, y, args.posterior_weight)).mean()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
         optimizer.step()

@@ -124,6 +124,29 @@ class ClassGaussians(nn.Module):
         """Class probabilities `p(k | z)` under the uniform prior: `(B, D)` to `(B, K)`."""
         return self.log_joint(z).softmax(1)
 
+    def log_posterior(self, z: Tensor, y: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        r"""Log-probability of labels, :math:`\log p(y | z) \propto \log N(z; \mu_y, \Sigma_y) / T`, in nats.
+
+        Args:
+            z: latents, `(B, D)`.
+            y: integer labels, `(B,)`.
+            temperature: T, divides the log-densities before they are normalised over the classes.
+
+        Returns:
+            `(B,)`.
+        """
+        self._check_batch(z, y)
+        return (self.log_joint(z) / temperature).log_softmax(1).gather(1, y[:, None]).squeeze(1)
+
+    def separation(self) -> Tensor:
+        r"""How far apart the class means are: :math:`\frac{1}{K-1} \sum_k \|\mu_k - \bar\mu\|^2_{P_k}` in nats, scalar.
+
+        With unit variances this is the mean divergence between two classes, the gap that an image at its class mean
+        has to another class.
+        """
+        offset = self.mean - self.mean.mean(0)
+        return (offset.square() / self.variance).sum() / max(self.num_classes - 1, 1)
+
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         r"""Draws :math:`z \sim N(\mu_y, \tau \Sigma_y)`.
 

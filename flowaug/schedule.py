@@ -46,6 +46,13 @@ def add_gaussian_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--variance", choices=("unit", "data"), help="variances at the start (unit; learned: data)")
     group.add_argument("--isotropic", action="store_const", const=True, help="one variance per class")
     group.add_argument("--solve-at", type=int, help="step at which they are solved for, then frozen")
+    group.add_argument(
+        "--posterior-weight",
+        type=float,
+        default=0.0,
+        metavar="γ",
+        help="of log p(label | image), beside likelihood (0)",
+    )
     group.add_argument("--lr-policy", choices=sorted(LR_POLICIES), help="decay of the gradient's rate (linear)")
     group.add_argument("--gaussian-lr", type=float, help="learning rate of gradient and glem (0.1)")
     group.add_argument("--kld-weight-end", type=float, help="glem: λ falls linearly to this (half of --kld-weight)")
@@ -64,6 +71,10 @@ def check_gaussian_options(args: argparse.Namespace) -> None:
     if idle:
         names = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise ValueError(f"--estimator {args.estimator} does not use {names}; leave them out or choose another")
+    if not args.posterior_weight >= 0:
+        raise ValueError(f"--posterior-weight is {args.posterior_weight}; expected 0 (likelihood alone) or more")
+    if args.posterior_weight and args.estimator == "unit":
+        raise ValueError("--estimator unit has no classes for --posterior-weight to tell apart; leave one out")
     if args.glem_share is not None and not 0 < args.glem_share < 1:
         raise ValueError(f"--glem-share is {args.glem_share}; expected a share between 0 and 1")
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -24,6 +26,23 @@ def test_joint_prob_and_posterior_agree():
     given = torch.stack([flow.log_prob(x, torch.full((5,), k)) for k in range(3)], 1)
     torch.testing.assert_close(joint, given - torch.log(torch.tensor(3.0, dtype=torch.float64)))
     torch.testing.assert_close(flow.log_prob(x), joint.logsumexp(1))
+
+
+def test_hybrid_objective_is_likelihood_and_tempered_posterior():
+    flow, x, y = small_flow(), torch.rand(5, 1, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
+    posterior = (flow.log_joint(x) / (flow.gaussians.separation() / 10)).log_softmax(1)[range(5), y]
+    torch.testing.assert_close(flow(x, y, 0.5), flow.log_prob(x, y) + 0.5 * flow.dim * posterior)
+    assert torch.equal(flow(x, y), flow.log_prob(x, y))
+
+
+def test_hybrid_objective_before_the_class_gaussians_are_set():
+    """All classes are alike: the posterior is uniform and has no gradient."""
+    flow = create_flow("mef_tiny", event_shape=(1, 4, 8), num_classes=3, **SMALL).double()
+    x, y = torch.rand(5, 1, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
+    expected = flow.log_prob(x, y) - flow.dim * math.log(3)
+    torch.testing.assert_close(flow(x, y, 1.0), expected)
+    grads = [torch.autograd.grad(flow(x, y, w).sum(), list(flow.parameters())) for w in (0.0, 1.0)]
+    torch.testing.assert_close(*grads)
 
 
 def test_density_integrates_to_one():

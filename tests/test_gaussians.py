@@ -30,6 +30,21 @@ def test_log_joint_is_log_prob_plus_the_uniform_prior():
     torch.testing.assert_close(gaussians.posterior(z), literal.softmax(1), atol=1e-10, rtol=0)
 
 
+def test_log_posterior_is_that_of_tempered_densities():
+    gaussians, z, y = _gaussians().double(), _points(9, 6).double(), torch.arange(9) % 4
+    literal = oracles.class_log_densities(z, gaussians.mean, gaussians.variance)
+    for temperature in (1.0, 7.0):
+        expected = (literal / temperature).log_softmax(1)[torch.arange(9), y]
+        torch.testing.assert_close(gaussians.log_posterior(z, y, temperature), expected, atol=1e-10, rtol=0)
+
+
+def test_separation_is_the_mean_divergence_of_unit_gaussians():
+    mean = _gaussians().mean.double()
+    pairs = torch.cdist(mean, mean).square() / 2
+    separation = ClassGaussians(mean, torch.ones_like(mean)).double().separation()
+    torch.testing.assert_close(separation, pairs.sum() / 12, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_log_joint_in_float32_far_from_the_origin(offset):
     gaussians = _gaussians(k=20, d=3072, spread=0.1)

@@ -36,7 +36,7 @@ MOVES = {
 
 
 def run(folder, *options):
-    train_flow.main([*options, *QUICK, "--output", str(folder)])
+    train_flow.main([*QUICK, *options, "--output", str(folder)])
     return load_flow(folder), json.loads((folder / "metrics.json").read_text())
 
 
@@ -55,6 +55,15 @@ def test_fixed_point_keeps_unit_variances(tmp_path):
     assert metrics["class_gaussians"]["converged"]
 
 
+def test_posterior_weight_trades_likelihood_for_classification(tmp_path):
+    options = ["--images-per-class", "60", "--steps", "50", "--solve-at", "10", "--lr", "0.02", "--ema-decay", "0.9"]
+    likelihood, hybrid = (
+        run(tmp_path / weight, *options, "--kld-weight", "30", "--posterior-weight", weight)[1] for weight in ("0", "4")
+    )
+    assert hybrid["nf_acc"] > likelihood["nf_acc"]
+    assert hybrid["bits_per_dim"] > likelihood["bits_per_dim"]
+
+
 def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
     run(tmp_path / "whole", *GLEM)
     killed_at(3, lambda options: run(tmp_path / "cut", *options), [*GLEM, "--save-every", "1"])
@@ -67,6 +76,9 @@ def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
     [
         (["--estimator", "data", "--kld-weight", "3"], "does not use --kld-weight"),
         (["--estimator", "glem", "--solve-at", "3"], "does not use --solve-at"),
+        (["--posterior-weight", "-1"], "--posterior-weight is -1.0; expected 0"),
+        (["--posterior-weight", "nan"], "--posterior-weight is nan"),
+        (["--posterior-weight", "1", "--estimator", "unit"], "no classes for --posterior-weight"),
         (["--glem-share", "0.2"], "--estimator fpi does not use --glem-share"),
         (["--estimator", "glem", "--glem-share", "1.5"], "between 0 and 1"),
         (["--estimator", "glem", "--kld-weight", "-1"], "kld_weight"),
