@@ -89,7 +89,9 @@ def test_the_plan_has_every_cell_once_and_few_images_first(benchmark):
     assert len(plan) == len(set(plan))
     count = {name: sum(cell.classifier == name for cell in plan) for name in arms.FULL.classifiers}
     main, whole = 3 * 4 * 5, 4 * 3  # sizes, arms, seeds
-    assert count == {"swin": main + 3 * 6 * 5 + whole, "resnet18": main + whole, "lite0": main + 3 * 5 + whole}
+    rivals, other_order, pooled = 3 * 6 * 5, 3 * 5, 2 * 4 * 5
+    assert count.pop("resnet18_pooled") == pooled
+    assert count == {"swin": main + rivals + whole, "resnet18": main + whole, "lite0": main + other_order + whole}
     assert {cell.size for cell in plan[: -3 * whole]} == {"20", "100", "500"}
     parts = [arms.cells(arms.FULL, seeds) for seeds in ([0, 2, 4], [1, 3])]
     assert sorted(parts[0] + parts[1]) == sorted(plan)
@@ -120,7 +122,7 @@ def test_held_out_images_are_training_images_that_the_subset_has_not(benchmark):
     assert not pixels[1] & pixels[3]
 
 
-@pytest.mark.parametrize("name", ["swin", "resnet18", "lite0"])
+@pytest.mark.parametrize("name", ["swin", "resnet18", "resnet18_pooled", "lite0"])
 def test_every_classifier_takes_a_step(benchmark, name):
     run, arms = benchmark("gain_run"), benchmark("gain_arms")
     args = arms.options_of(arms.Cell(name, "20", "standard", 0), arms.FULL)
@@ -130,7 +132,7 @@ def test_every_classifier_takes_a_step(benchmark, name):
         args.checkpoint = run.lite0_weights()
     sets = run.load_sets("digits", "8", 0, None)
     model, pipeline, (loader, _) = run.build(args, sets, None)
-    size = {"swin": 7.05, "resnet18": 11.17, "lite0": 3.38}[name]
+    size = {"swin": 7.05, "resnet18": 11.17, "resnet18_pooled": 11.17, "lite0": 3.38}[name]
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - size) < 0.01
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loss, seconds = run.train_step(args, model, pipeline, optimizer, iter(loader), (0, 0))
