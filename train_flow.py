@@ -148,74 +148,115 @@ def create(args: argparse.Namespace, dataset):
     return flow
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """Train a flow and write its folder; returns the folder."""
-    device, main = accelerator.device, accelerator.is_main_process
-    sets = load_sets(args, accelerator)
-    dataset = sets["train"]
-    settle_gaussian_options(args)
-    flow = create(args, dataset)
-    if args.dry_run:
-        accelerator.print(flow_plan(args, flow, dataset, len(sets["val"]), accelerator))
-        return args.output
-    table, val = load_tables(args, sets, accelerator)
+def begin(flow, table: ImageTable, args: argparse.Namespace) -> None:
+    """Set the flow's parameters to those of --init-from, or by the data."""
     if args.init_from:
         start_from(flow, args.init_from)
     else:
         initialise(flow, table, args)
-    flow = flow.to(device)
-    averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
-    flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute, args.torchcompile)
-    optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
-    log = MetricsLog(args.output, main, start_tracking(accelerator, "train_flow", recipe_of(args)))
-    schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
-    run = Run(args.output, recipe_of(args), flow, averaged, optimizer, log, schedule)
-    start = run.restore() if args.resume == "auto" else 0
-    model, generator = accelerator.prepare(flow), torch.Generator(device)
-    bar = tqdm(total=args.steps, initial=start, unit="step", disable=not main, dynamic_ncols=True)
-    began = time.time()
-    if start == 0:
-        set_gaussians(schedule, 0, flow, averaged, log)
-    for step, (x, y) in enumerate(training_batches(schedule.phases(), dataset, table, args, start), start):
-        generator.manual_seed((args.seed << 40) + (step << 12) + accelerator.process_index)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        x, y = augment(flow, x.to(device), args, generator), y.to(device)
-        loss = flow.bits_per_dim(model(x, y, args.posterior_weight)).mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        averaged.update(flow, step=step)
-        set_gaussians(schedule, step + 1, flow, averaged, log)
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            values = evaluate(averaged.module, val, device, accelerator.reduce)
-            log.write(step + 1, {"train_bits_per_dim": loss.item(), **values}, bar)
-            if main and step + 1 < args.steps:
-                draw_progress(averaged.module, table, val, args.output)
-        if (step + 1) % args.save_every == 0 and main:
-            run.save(step + 1)
-        bar.update()
-    bar.close()
-    final = averaged.module.eval()
-    moments = ClassMoments.zeros(table.num_classes, flow.dim, device)
-    pca = fit_pca(final, table, device, args.rank, args.partners_per_class, accelerator.reduce, moments)
-    moments = reduced(moments, accelerator.reduce)
+
+
+class Training:
+    """A flow in training: what changes from step to step, and the steps.
+
+    Args:
+        args: settled options.
+        accelerator: devices and processes.
+        flow: the flow at its start.
+        table: the training images.
+        val: the images that it is judged by.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, flow, table: ImageTable, val: ImageTable):
+        self.args, self.accelerator, self.table, self.val = args, accelerator, table, val
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.flow = flow.to(self.device)
+        self.averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
+        flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute, args.torchcompile)
+        self.optimizer = torch.optim.Adamax(flow.parameters(), lr=args.lr)
+        self.log = MetricsLog(args.output, self.main, start_tracking(accelerator, "train_flow", recipe_of(args)))
+        self.schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
+        parts = (flow, self.averaged, self.optimizer, self.log, self.schedule)
+        self.state = Run(args.output, recipe_of(args), *parts)
+        self.start = self.state.restore() if args.resume == "auto" else 0
+        self.model, self.generator = accelerator.prepare(flow), torch.Generator(self.device)
+        self.began = time.time()
+
+    def run(self, dataset) -> None:
+        """Take all steps that are left."""
+        if self.start == 0:
+            self.set_gaussians(0)
+        batches = training_batches(self.schedule.phases(), dataset, self.table, self.args, self.start)
+        steps, hidden = self.args.steps, not self.main
+        with tqdm(total=steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True) as bar:
+            for step, batch in enumerate(batches, self.start):
+                loss = self.take_step(step, *batch)
+                self.set_gaussians(step + 1)
+                self.look(step + 1, loss, bar)
+                bar.update()
+
+    def take_step(self, step: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Change the weights once; returns the loss."""
+        self.generator.manual_seed((self.args.seed << 40) + (step << 12) + self.accelerator.process_index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.args)
+        x, y = augment(self.flow, x.to(self.device), self.args, self.generator), y.to(self.device)
+        loss = self.flow.bits_per_dim(self.model(x, y, self.args.posterior_weight)).mean()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.averaged.update(self.flow, step=step)
+        return loss
+
+    def set_gaussians(self, done: int) -> None:
+        """Set the class Gaussians, of the averaged flow too, if they are due after ``done`` steps."""
+        if note := self.schedule.after(done, self.flow):
+            self.log.note("class_gaussians", note)
+            self.averaged.module.gaussians.load_state_dict(self.flow.gaussians.state_dict())
+
+    def look(self, done: int, loss: torch.Tensor, bar: tqdm) -> None:
+        """Judge, draw and save after ``done`` steps, where it is time to."""
+        last = done == self.args.steps
+        if done % self.args.eval_every == 0 or last:
+            values = evaluate(self.averaged.module, self.val, self.device, self.accelerator.reduce)
+            self.log.write(done, {"train_bits_per_dim": loss.item(), **values}, bar)
+            if self.main and not last:
+                draw_progress(self.averaged.module, self.table, self.val, self.args.output)
+        if done % self.args.save_every == 0 and self.main:
+            self.state.save(done)
+
+    def finish(self, dataset) -> None:
+        """Fit moments and class axes to the averaged flow and write its folder."""
+        args, table, reduce = self.args, self.table, self.accelerator.reduce
+        final = self.averaged.module.eval()
+        moments = ClassMoments.zeros(table.num_classes, final.dim, self.device)
+        pca = fit_pca(final, table, self.device, args.rank, args.partners_per_class, reduce, moments)
+        moments = reduced(moments, reduce)
+        self.log.note("train_seconds", round(time.time() - self.began, 1))
+        if self.main:
+            recipe = recipe_of(args)
+            write_flow_folder(args.output, final, pca, moments, dataset, table, self.val, recipe, self.log)
+            self.state.discard()
+        self.accelerator.wait_for_everyone()
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
+    """Train a flow and write its folder; returns the folder."""
+    sets = load_sets(args, accelerator)
+    settle_gaussian_options(args)
+    flow = create(args, sets["train"])
+    if args.dry_run:
+        accelerator.print(flow_plan(args, flow, sets["train"], len(sets["val"]), accelerator))
+        return args.output
+    table, val = load_tables(args, sets, accelerator)
+    begin(flow, table, args)
+    training = Training(args, accelerator, flow, table, val)
+    training.run(sets["train"])
     if skipped := count_skipped(sets):
-        log.note("skipped", skipped)
-    log.note("train_seconds", round(time.time() - began, 1))
-    if main:
-        write_flow_folder(args.output, final, pca, moments, dataset, table, val, recipe_of(args), log)
-        run.discard()
-    accelerator.wait_for_everyone()
+        training.log.note("skipped", skipped)
+    training.finish(sets["train"])
     return args.output
-
-
-def set_gaussians(schedule: GaussianSchedule, step: int, flow, averaged: AveragedFlow, log: MetricsLog) -> None:
-    """Set the class Gaussians, of the averaged flow too, if they are due after ``step`` steps."""
-    if note := schedule.after(step, flow):
-        log.note("class_gaussians", note)
-        averaged.module.gaussians.load_state_dict(flow.gaussians.state_dict())
 
 
 def main(argv: list[str] | None = None) -> None:
