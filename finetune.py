@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -26,15 +25,17 @@ from tqdm.auto import tqdm
 import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
-from flowaug.classifier import accuracy, eval_transform, train_transform
+from flowaug.classifier import accuracy, eval_transform
 from flowaug.copies import AugmentedCopies
-from flowaug.data import create_loader
 from flowaug.finetuning import (
+    count_steps,
     create_classifier,
+    create_loaders,
     create_loss,
     create_optimizer,
     create_pipeline,
     create_schedule,
+    evaluation_steps,
     memory_format,
 )
 from flowaug.host import keep_freed_memory
@@ -124,76 +125,106 @@ def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator)
     )
 
 
-def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, int], accelerator: Accelerator):
-    """Loaders of uint8 images; those smaller than the model's input are enlarged on the device, after the flow."""
-    train_set, val_set = sets
-    size = min(input_size[-1], max(train_set.image_size))
-    place = (accelerator.process_index, accelerator.num_processes)
-    batch = min(args.batch_size, len(train_set) // accelerator.num_processes)
-    options = (args.seed, args.workers, *place)
-    transform = train_transform(size, input_size[0], args)
-    train = create_loader(train_set, transform, batch, True, *options, drop_last=True, copies=args.dataset_copies)
-    return train, create_loader(val_set, eval_transform(size), batch, False, *options)
+class Training:
+    """A classifier in training: what changes from step to step, and the steps.
+
+    Args:
+        args: options.
+        accelerator: devices and processes.
+        model: the classifier at its start.
+        pipeline: the way of a batch to it.
+        loaders: of training and val images.
+        flow_mixup: the flow augmentation, or None.
+        real: ReaL labels of the val images, or None.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, model, pipeline, loaders, flow_mixup, real):
+        self.args, self.accelerator, self.pipeline, self.real = args, accelerator, pipeline, real
+        self.device, self.main, self.loaders = accelerator.device, accelerator.is_main_process, loaders
+        self.steps, self.per_epoch = count_steps(args, loaders[0])
+        optimizer = create_optimizer(args, model)
+        self.scheduler, self.criterion = create_schedule(args, optimizer, self.steps), create_loss(args)
+        model = model.to(self.device, memory_format=memory_format(args))
+        decay = args.model_ema_decay
+        self.averaged = ModelEmaV3(model, decay=decay, use_warmup=True) if args.model_ema else None
+        self.log = MetricsLog(args.output, self.main, start_tracking(accelerator, "finetune", recipe_of(args)))
+        self.mean_loss = RunningMean(self.device)
+        parts = (model, self.averaged, optimizer, accelerator.scaler, self.log, self.mean_loss, flow_mixup)
+        self.state = Run(args.output, recipe_of(args), *(part for part in parts if part is not None))
+        self.start = self.state.restore() if args.resume == "auto" else 0
+        if args.torchcompile:
+            model.compile()
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.began = time.time()
+
+    def run(self) -> None:
+        """Take all steps that are left."""
+        stream = endless_batches(self.loaders[0], self.start * self.args.grad_accum_steps)
+        self.model.train()
+        hidden = not self.main
+        with tqdm(total=self.steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True) as bar:
+            for step in range(self.start, self.steps):
+                self.take_step(step, stream)
+                bar.update()
+                self.look(step + 1, bar)
+
+    def take_step(self, step: int, stream) -> None:
+        """Change the weights once."""
+        args, epoch = self.args, step // self.per_epoch
+        self.scheduler.step(epoch * self.per_epoch if args.sched_on_epochs else step)
+        batches = step_batches(args, self.accelerator, stream, self.pipeline, step, epoch)
+        self.mean_loss.update(backward(args, self.accelerator, self.model, self.criterion, batches))
+        self.accelerator.clip_grad_norm_(self.model.parameters(), args.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.averaged is not None:
+            self.averaged.update(self.accelerator.unwrap_model(self.model), step=step)
+
+    def look(self, done: int, bar: tqdm) -> None:
+        """Judge and save after ``done`` steps, where it is time to."""
+        if done % evaluation_steps(self.steps, self.per_epoch) == 0 or done == self.steps:
+            judged = self.model if self.averaged is None else self.averaged.module
+            values = accuracy(judged, self.loaders[1], self.pipeline, self.device, self.accelerator.reduce, self.real)
+            self.log.write(done, {"train_loss": self.mean_loss.value, **values}, bar)
+        if done % self.args.save_every == 0 and self.main:
+            self.state.save(done)
+
+    def finish(self, flow_mixup: FlowMixupTransform | None, dataset) -> dict:
+        """Write weights, curves, the before/after grid and the summary; returns it."""
+        args, seconds = self.args, time.time() - self.began
+        if self.main:
+            final = self.accelerator.unwrap_model(self.model) if self.averaged is None else self.averaged.module
+            write_atomic(args.output / "model.safetensors", pack(final.state_dict()))
+            self.log.plot(["train_loss", "top1"], f"{args.model} on {dataset.name}")
+            if flow_mixup is not None:
+                self.log.note("flow_aug", flow_mixup.counts)
+                draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
+            self.state.discard()
+        return self.log.finish(model=args.model, seconds=round(seconds, 1), steps=self.log.last["step"])
 
 
 def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     """Train, evaluate, write the folder; returns the summary (None after --dry-run)."""
     sets = [load_split(args, split) for split in ("train", "val")]
-    num_classes, device = len(sets[0].class_names), accelerator.device
-    place = (accelerator.process_index, accelerator.num_processes)
+    num_classes, place = len(sets[0].class_names), (accelerator.process_index, accelerator.num_processes)
     real = RealLabels(args.real_labels, sets[1], *place) if args.real_labels else None
     set_seed(args.seed)
     model, spec = create_classifier(args, num_classes, sets[0].channels)
-    train_loader, val_loader = create_loaders(args, sets, spec[0], accelerator)
-    per_epoch = max(1, len(train_loader) // args.grad_accum_steps)
-    steps = args.steps or args.epochs * per_epoch
+    loaders = create_loaders(args, sets, spec[0], accelerator)
     if args.dry_run:
-        flow = describe_flow(args, sets[0])
+        steps, flow = count_steps(args, loaders[0])[0], describe_flow(args, sets[0])
         return accelerator.print(classifier_plan(args, model, spec[0], sets, steps, flow, accelerator))
     flow_mixup = load_flow_mixup(args, sets[0], accelerator)
     if args.flow_aug_copies:
         sets[0] = AugmentedCopies(sets[0], flow_mixup, args.flow_aug_copies, args.seed)
-        train_loader, _ = create_loaders(args, sets, spec[0], accelerator)
-    pipeline = create_pipeline(args, spec, None if args.flow_aug_copies else flow_mixup, num_classes, device)
-    optimizer = create_optimizer(args, model)
-    scheduler = create_schedule(args, optimizer, steps)
-    criterion = create_loss(args)
-    model = model.to(device, memory_format=memory_format(args))
-    averaged = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    log = MetricsLog(args.output, accelerator.is_main_process, start_tracking(accelerator, "finetune", recipe_of(args)))
-    mean_loss = RunningMean(device)
-    parts = (model, averaged, optimizer, accelerator.scaler, log, mean_loss, flow_mixup)
-    run = Run(args.output, recipe_of(args), *(part for part in parts if part is not None))
-    start = run.restore() if args.resume == "auto" else 0
-    if args.torchcompile:
-        model.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
-    stream = endless_batches(train_loader, start * args.grad_accum_steps)
-    bar = tqdm(total=steps, initial=start, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
-    began = time.time()
-    model.train()
-    for step in range(start, steps):
-        epoch = step // per_epoch
-        scheduler.step(epoch * per_epoch if args.sched_on_epochs else step)
-        batches = step_batches(args, accelerator, stream, pipeline, step, epoch)
-        mean_loss.update(backward(args, accelerator, model, criterion, batches))
-        accelerator.clip_grad_norm_(model.parameters(), args.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        if averaged is not None:
-            averaged.update(accelerator.unwrap_model(model), step=step)
-        bar.update()
-        if (step + 1) % evaluation_steps(steps, per_epoch) == 0 or step + 1 == steps:
-            judged = model if averaged is None else averaged.module
-            values = accuracy(judged, val_loader, pipeline, device, accelerator.reduce, real)
-            log.write(step + 1, {"train_loss": mean_loss.value, **values}, bar)
-        if (step + 1) % args.save_every == 0 and accelerator.is_main_process:
-            run.save(step + 1)
-    bar.close()
+        loaders = create_loaders(args, sets, spec[0], accelerator)
+    on_batches = None if args.flow_aug_copies else flow_mixup
+    pipeline = create_pipeline(args, spec, on_batches, num_classes, accelerator.device)
+    training = Training(args, accelerator, model, pipeline, loaders, flow_mixup, real)
+    training.run()
     if skipped := count_skipped({"train": sets[0], "val": sets[1]}, gather_object):
-        log.note("skipped", skipped)
-    final = accelerator.unwrap_model(model) if averaged is None else averaged.module
-    return finish(args, accelerator, run, final, log, flow_mixup, sets[1], time.time() - began)
+        training.log.note("skipped", skipped)
+    return training.finish(flow_mixup, sets[1])
 
 
 def step_batches(args: argparse.Namespace, accelerator: Accelerator, stream, pipeline, step: int, epoch: int):
@@ -214,11 +245,6 @@ def backward(args: argparse.Namespace, accelerator: Accelerator, model, criterio
     return torch.stack([loss.detach() for loss in losses]).mean()
 
 
-def evaluation_steps(steps: int, per_epoch: int) -> int:
-    """Steps between evaluations: whole epochs, ten times in all at most."""
-    return per_epoch * max(1, math.ceil(steps / per_epoch) // 10)
-
-
 def seed_step(seed: int, step: int, part: int, rank: int, flow_mixup: FlowMixupTransform | None) -> None:
     """Make what is random in a forward pass depend on its number alone, so that a resumed run repeats it."""
     numbers = (rank, step) if part == 0 else (rank, step, part)
@@ -231,18 +257,6 @@ def recipe_of(args: argparse.Namespace) -> dict:
     """The options that decide the numbers of the classifier."""
     ordered = is_shards(args.dataset, args.data_dir)  # a stream comes in an order of its workers
     return deciding_options(args, () if ordered else ("workers",))
-
-
-def finish(args, accelerator, run: Run, model, log: MetricsLog, flow_mixup, dataset, seconds: float) -> dict:
-    """Write weights, curves, the before/after grid and the summary."""
-    if accelerator.is_main_process:
-        write_atomic(args.output / "model.safetensors", pack(model.state_dict()))
-        log.plot(["train_loss", "top1"], f"{args.model} on {dataset.name}")
-        if flow_mixup is not None:
-            log.note("flow_aug", flow_mixup.counts)
-            draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
-        run.discard()
-    return log.finish(model=args.model, seconds=round(seconds, 1), steps=log.last["step"])
 
 
 def draw_before_after(flow_mixup: FlowMixupTransform, dataset, path: Path) -> None:

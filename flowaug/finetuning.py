@@ -1,10 +1,12 @@
 """What ``finetune.py`` builds before its loop: the classifier and its weights, the schedule, the way of a batch."""
 
 import argparse
+import math
 from pathlib import Path
 
 import timm
 import torch
+from accelerate import Accelerator
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -13,7 +15,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from flowaug.classifier import BatchPipeline
+from flowaug.classifier import BatchPipeline, eval_transform, train_transform
+from flowaug.data import create_loader
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -175,3 +178,26 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
     if args.mixup or args.cutmix:
         return SoftTargetCrossEntropy()
     return nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+
+
+def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, int], accelerator: Accelerator):
+    """Loaders of uint8 images; those smaller than the model's input are enlarged on the device, after the flow."""
+    train_set, val_set = sets
+    size = min(input_size[-1], max(train_set.image_size))
+    place = (accelerator.process_index, accelerator.num_processes)
+    batch = min(args.batch_size, len(train_set) // accelerator.num_processes)
+    options = (args.seed, args.workers, *place)
+    transform = train_transform(size, input_size[0], args)
+    train = create_loader(train_set, transform, batch, True, *options, drop_last=True, copies=args.dataset_copies)
+    return train, create_loader(val_set, eval_transform(size), batch, False, *options)
+
+
+def count_steps(args: argparse.Namespace, loader) -> tuple[int, int]:
+    """Optimiser steps of the training, and of an epoch."""
+    per_epoch = max(1, len(loader) // args.grad_accum_steps)
+    return args.steps or args.epochs * per_epoch, per_epoch
+
+
+def evaluation_steps(steps: int, per_epoch: int) -> int:
+    """Steps between evaluations: whole epochs, ten times in all at most."""
+    return per_epoch * max(1, math.ceil(steps / per_epoch) // 10)
