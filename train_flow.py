@@ -220,7 +220,7 @@ class Training:
         last = done == self.args.steps
         if done % self.args.eval_every == 0 or last:
             values = evaluate(self.averaged.module, self.val, self.device, self.accelerator.reduce)
-            self.log.write(done, {"train_bits_per_dim": loss.item(), **values}, bar)
+            self.log.write(done, {"train_loss": loss.item(), **values}, bar)
             if self.main and not last:
                 draw_progress(self.averaged.module, self.table, self.val, self.args.output)
         if done % self.args.save_every == 0 and self.main:
