@@ -51,7 +51,7 @@ def add_gaussian_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="γ",
-        help="of log p(label | image), beside likelihood (0)",
+        help="of log p(label | image) beside the likelihood: classifies better, draws worse (0)",
     )
     group.add_argument("--lr-policy", choices=sorted(LR_POLICIES), help="decay of the gradient's rate (linear)")
     group.add_argument("--gaussian-lr", type=float, help="learning rate of gradient and glem (0.1)")
