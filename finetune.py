@@ -139,7 +139,8 @@ class Training:
     """
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, model, pipeline, loaders, flow_mixup, real):
-        self.args, self.accelerator, self.pipeline, self.real = args, accelerator, pipeline, real
+        self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
+        self.flow_mixup, self.real = flow_mixup, real
         self.device, self.main, self.loaders = accelerator.device, accelerator.is_main_process, loaders
         self.steps, self.per_epoch = count_steps(args, loaders[0])
         optimizer = create_optimizer(args, model)
@@ -189,16 +190,16 @@ class Training:
         if done % self.args.save_every == 0 and self.main:
             self.state.save(done)
 
-    def finish(self, flow_mixup: FlowMixupTransform | None, dataset) -> dict:
+    def finish(self, dataset) -> dict:
         """Write weights, curves, the before/after grid and the summary; returns it."""
         args, seconds = self.args, time.time() - self.began
         if self.main:
             final = self.accelerator.unwrap_model(self.model) if self.averaged is None else self.averaged.module
             write_atomic(args.output / "model.safetensors", pack(final.state_dict()))
             self.log.plot(["train_loss", "top1"], f"{args.model} on {dataset.name}")
-            if flow_mixup is not None:
-                self.log.note("flow_aug", flow_mixup.counts)
-                draw_before_after(flow_mixup, dataset, args.output / "augmented.png")
+            if self.flow_mixup is not None:
+                self.log.note("flow_aug", self.flow_mixup.counts)
+                draw_before_after(self.flow_mixup, dataset, args.output / "augmented.png")
             self.state.discard()
         return self.log.finish(model=args.model, seconds=round(seconds, 1), steps=self.log.last["step"])
 
@@ -224,7 +225,7 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     training.run()
     if skipped := count_skipped({"train": sets[0], "val": sets[1]}, gather_object):
         training.log.note("skipped", skipped)
-    return training.finish(flow_mixup, sets[1])
+    return training.finish(sets[1])
 
 
 def step_batches(args: argparse.Namespace, accelerator: Accelerator, stream, pipeline, step: int, epoch: int):
