@@ -46,7 +46,7 @@ from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, RunningMean, draw_augmented
 from flowaug.shardlists import is_shards
-from flowaug.state import Run
+from flowaug.state import Run, sole_writer
 from flowaug.streams import count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
 
@@ -216,16 +216,17 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
         steps, flow = count_steps(args, loaders[0])[0], describe_flow(args, sets[0])
         return accelerator.print(classifier_plan(args, model, spec[0], sets, steps, flow, accelerator))
     flow_mixup = load_flow_mixup(args, sets[0], accelerator)
-    if args.flow_aug_copies:
-        sets[0] = AugmentedCopies(sets[0], flow_mixup, args.flow_aug_copies, args.seed)
-        loaders = create_loaders(args, sets, spec[0], accelerator)
-    on_batches = None if args.flow_aug_copies else flow_mixup
-    pipeline = create_pipeline(args, spec, on_batches, num_classes, accelerator.device)
-    training = Training(args, accelerator, model, pipeline, loaders, flow_mixup, real)
-    training.run()
-    if skipped := count_skipped({"train": sets[0], "val": sets[1]}, gather_object):
-        training.log.note("skipped", skipped)
-    return training.finish(sets[1])
+    with sole_writer(args.output, accelerator.is_main_process):
+        if args.flow_aug_copies:
+            sets[0] = AugmentedCopies(sets[0], flow_mixup, args.flow_aug_copies, args.seed)
+            loaders = create_loaders(args, sets, spec[0], accelerator)
+        on_batches = None if args.flow_aug_copies else flow_mixup
+        pipeline = create_pipeline(args, spec, on_batches, num_classes, accelerator.device)
+        training = Training(args, accelerator, model, pipeline, loaders, flow_mixup, real)
+        training.run()
+        if skipped := count_skipped({"train": sets[0], "val": sets[1]}, gather_object):
+            training.log.note("skipped", skipped)
+        return training.finish(sets[1])
 
 
 def step_batches(args: argparse.Namespace, accelerator: Accelerator, stream, pipeline, step: int, epoch: int):

@@ -33,7 +33,7 @@ from flowaug.recipes import deciding_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, draw_progress, write_flow_folder
 from flowaug.schedule import ESTIMATOR_DEFAULTS, GaussianSchedule, check_gaussian_options, settle_gaussian_options
 from flowaug.shardlists import is_shards
-from flowaug.state import Run
+from flowaug.state import Run, sole_writer
 from flowaug.streams import StreamDataset, count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
 
@@ -249,13 +249,14 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     if args.dry_run:
         accelerator.print(flow_plan(args, flow, sets["train"], len(sets["val"]), accelerator))
         return args.output
-    table, val = load_tables(args, sets, accelerator)
-    begin(flow, table, args)
-    training = Training(args, accelerator, flow, table, val)
-    training.run(sets["train"])
-    if skipped := count_skipped(sets):
-        training.log.note("skipped", skipped)
-    training.finish(sets["train"])
+    with sole_writer(args.output, accelerator.is_main_process):
+        table, val = load_tables(args, sets, accelerator)
+        begin(flow, table, args)
+        training = Training(args, accelerator, flow, table, val)
+        training.run(sets["train"])
+        if skipped := count_skipped(sets):
+            training.log.note("skipped", skipped)
+        training.finish(sets["train"])
     return args.output
 
 

@@ -1,16 +1,20 @@
 """State of a running training on disk, as safetensors + JSON: a killed run resumes from it, nothing is unpickled."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flowaug.checkpoint import pack, temporary_name, write_atomic
 
+PATIENCE = 10  # seconds to wait for a folder: the loaders' workers of a killed run notice it after 5
 _TENSOR = "__tensor__"
 
 
@@ -59,6 +63,34 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
         raise ValueError(
             f"{path} is not a readable training state ({error}); delete it to start from the beginning"
         ) from error
+
+
+@contextmanager
+def sole_writer(folder: Path, main: bool = True) -> Iterator[None]:
+    """Keep a folder for one run; the operating system lets go of it when the run ends, however it ends.
+
+    Args:
+        folder: the run's output folder, made if it is not there.
+        main: whether this is the process that writes; the others of a run pass.
+
+    Raises:
+        ValueError: another run holds the folder.
+    """
+    if not main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except Timeout as error:
+        raise ValueError(
+            f"another run is writing to {folder}; wait for it to end, or give this one another --output"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Run:

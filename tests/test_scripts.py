@@ -51,7 +51,7 @@ def trained(photos, tmp_path_factory):
 def test_train_flow_writes_a_whole_folder(trained):
     names = {"config.json", "model.safetensors", "pca.safetensors", "metrics.json", "samples.png", "augmented.png"}
     names |= {"README.md", "metrics.jsonl", "curves.png", "moments.safetensors"}
-    assert names == {p.name for p in trained.iterdir()}
+    assert names == {p.name for p in trained.iterdir()} - {".lock"}
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["class_gaussians"]["converged"]
     assert 0 <= metrics["nf_acc"] <= 1
@@ -78,6 +78,21 @@ def test_a_killed_run_resumes_to_the_same_weights(photos, trained, tmp_path, kil
     assert saved == [1, 2, 3, 4, 5, 6]  # the second run went on from step 4
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
     assert not (tmp_path / "cut" / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", [train_flow, finetune])
+def test_two_runs_cannot_write_to_one_folder(photos, tmp_path, script, monkeypatch):
+    monkeypatch.setattr(state, "PATIENCE", 0)
+    output, quick = tmp_path / "out", {train_flow: QUICK_FLOW, finetune: QUICK}[script]
+    with state.sole_writer(output):
+        with pytest.raises(SystemExit, match=r"another run is writing to .*out; .* another --output"):
+            script.main(["--data-dir", str(photos), *quick, "--output", str(output)])
+        with state.sole_writer(output, main=False):  # another process of the same run
+            assert [p.name for p in output.iterdir()] == [".lock"]
+    with pytest.raises(RuntimeError, match="broken"), state.sole_writer(output):
+        raise RuntimeError("broken")
+    with state.sole_writer(output):  # free again
+        pass
 
 
 def test_finetune_on_a_folder_with_a_named_flow(photos, trained, tmp_path, capsys):
