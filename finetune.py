@@ -118,6 +118,8 @@ def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator)
         alpha=args.flow_aug_alpha,
         partner=args.flow_aug_partner,
         rank=args.flow_aug_rank,
+        per_axis=bool(args.flow_aug_per_axis),
+        rescaled=bool(args.flow_aug_rescaled),
         policy=args.flow_aug_policy,
         class_names=dataset.class_names,
         seed=args.seed,

@@ -52,7 +52,8 @@ def check_disagreements(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming both and the way out.
     """
-    idle = [n for n in ("p", "rank", "policy", "off_epoch", "copies") if getattr(args, f"flow_aug_{n}") is not None]
+    optional = ("p", "rank", "per_axis", "rescaled", "policy", "off_epoch", "copies")
+    idle = [n for n in optional if getattr(args, f"flow_aug_{n}") is not None]
     rules = {
         f"--flow-aug-{idle[0].replace('_', '-')} needs --flow-aug" if idle else "": idle and not args.flow_aug,
         "--flow-aug-copies augments before training and --flow-aug-off-epoch stops within it; give one": (
@@ -152,6 +153,15 @@ def _add_flow_aug_options(parser) -> None:
     flow.add_argument("--flow-aug-alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")
     flow.add_argument("--flow-aug-partner", default="bank", choices=PARTNERS, help="where partners come from")
     flow.add_argument("--flow-aug-rank", type=int, help="leading class axes to move along; default: all fitted")
+    flow.add_argument(
+        "--flow-aug-per-axis", action="store_true", default=None, help="a weight for each axis, not one for all of them"
+    )
+    flow.add_argument(
+        "--flow-aug-rescaled",
+        action="store_true",
+        default=None,
+        help="keep the spread of a class, which mixing shrinks",
+    )
     flow.add_argument("--flow-aug-policy", type=Path, metavar="JSON", help="p, alpha and rank of single classes")
     flow.add_argument("--flow-aug-off-epoch", type=int, metavar="N", help="no flow augmentation from epoch N on")
     flow.add_argument(

@@ -7,6 +7,8 @@ DISAGREE = [
     (["--flow-aug-policy", "p.json"], "--flow-aug-policy needs --flow-aug"),
     (["--flow-aug-off-epoch", "3"], "--flow-aug-off-epoch needs --flow-aug"),
     (["--flow-aug-copies", "3"], "--flow-aug-copies needs --flow-aug"),
+    (["--flow-aug-per-axis"], "--flow-aug-per-axis needs --flow-aug"),
+    (["--flow-aug-rescaled"], "--flow-aug-rescaled needs --flow-aug"),
     (["--flow-aug", "--flow-aug-copies", "3", "--flow-aug-off-epoch", "1"], "give one"),
     (["--flow-aug", "--flow-aug-copies", "0"], "--flow-aug-copies must be at least 1"),
     (["--flow-aug", "--flow-aug-copies", "3", "--dataset", "wds/"], "shards are a stream"),

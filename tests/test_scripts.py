@@ -105,6 +105,17 @@ def test_finetune_on_a_folder_with_a_named_flow(photos, trained, tmp_path, capsy
     assert {"model.safetensors", "augmented.png", "curves.png", "metrics.jsonl"} <= {p.name for p in output.iterdir()}
 
 
+def test_options_of_the_mixture_reach_the_transform():
+    options = ["--flow-aug", "digits", "--flow-aug-p", "1", "--flow-aug-rank", "8", "--cpu"]
+    plans = []
+    for more in ([], ["--flow-aug-per-axis", "--flow-aug-rescaled"]):
+        args = finetune.parse_args([*options, *more])
+        accelerator = finetune.create_accelerator(args)
+        plans.append(finetune.load_flow_mixup(args, load_dataset("digits"), accelerator).plan(torch.zeros(5).long()))
+    assert [plan.rescaled for plan in plans] == [False, True]
+    assert [len(plan.weight[0].unique()) for plan in plans] == [1, 8]
+
+
 def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path, killed_at):
     extras = ["--flow-aug", str(trained), "--mixup", "0.2", "--reprob", "0.5", "--hflip", "0.5", "--save-every", "1"]
     options = ["--data-dir", str(photos), *extras, *QUICK, "--steps", "5", "--batch-size", "10"]  # two steps an epoch
