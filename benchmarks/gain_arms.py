@@ -108,6 +108,8 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "standard": (STANDARD, None),
     "flow+standard": (STANDARD, "flow"),  # copies that the flow has moved are cropped, RandAugmented, erased
     "standard+flow": (STANDARD, "flow"),  # the flow gets batches that were
+    "axes": ({}, "axes"),  # flow mixup by a weight for each axis, the spread of the class kept
+    "axes+standard": (STANDARD, "axes"),
     "mixup": ({}, None),
     "cutmix": ({}, None),
     "pixel": ({}, "pixel"),
@@ -116,12 +118,14 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "gaussian": ({}, "gaussian"),
 }
 MAIN_ARMS = ("nothing", "flow", "standard", "flow+standard")
-FIRST = ("flow+standard",)  # arms whose flow comes before the transforms of single images
+FIRST = ("flow+standard", "axes+standard")  # arms whose flow comes before the transforms of single images
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
 OTHER_ORDER = ("standard+flow",)
-RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER)
+PER_AXIS = ("axes", "axes+standard")
+RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER + PER_AXIS)
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
+    "axes": {"alpha": 1.0, "rank": 64, "per_axis": True, "rescaled": True},
     "mixup": {"mixup": 0.8},
     "cutmix": {"cutmix": 1.0},
     "pixel": {"alpha": 1.0},
@@ -169,7 +173,7 @@ def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
     for name, sizes in setup.steps.items():
         small = [size for size in sizes if size != "all"]
         rivals = RIVALS if name in setup.with_rivals else ()
-        for part in (MAIN_ARMS, OTHER_ORDER if name in setup.both_orders else (), rivals):
+        for part in (MAIN_ARMS, OTHER_ORDER if name in setup.both_orders else (), PER_AXIS, rivals):
             few += [Cell(name, size, arm, seed) for seed in seeds for size in small for arm in part]
         if "all" in sizes:
             whole += [Cell(name, "all", arm, seed) for seed in seeds if seed < WHOLE_SEEDS for arm in MAIN_ARMS]

@@ -54,7 +54,7 @@ def result_path(cell: Cell, setup: Setup) -> Path:
 def identity(cell: Cell, setup: Setup) -> dict:
     """What decides the numbers of a run, as JSON."""
     skip = ("output", "resume", "save_every", "workers", "log_with", "dry_run", "cpu", "recipe", "quick", "checkpoint")
-    skip += ("flow_aug_copies",)  # the arm says it
+    skip += ("flow_aug_copies", "flow_aug_per_axis", "flow_aug_rescaled")  # the arm says it
     named = {"data": setup.dataset, "held_out": setup.held_out, **deciding_options(options_of(cell, setup), skip)}
     if ARMS[cell.arm][1] is None:
         return named
@@ -104,7 +104,8 @@ def find_flow(cell: Cell, setup: Setup) -> Path | str:
 def transform_options(cell: Cell, setup: Setup) -> dict:
     """Options of the augmentation of the batch; all move the same share of the images."""
     own = {"p": setup.settings["flow"]["p"], **setup.settings[ARMS[cell.arm][1]]}
-    return {name: own[name] for name in ("p", "alpha", "rank", "strength") if name in own}
+    names = ("p", "alpha", "rank", "per_axis", "rescaled", "strength")
+    return {name: own[name] for name in names if name in own}
 
 
 def create_transform(cell: Cell, setup: Setup, train_set: ImageDataset):

@@ -51,9 +51,12 @@ def test_augmentation_gain_runs_every_arm_reports_and_repeats_nothing(benchmark,
     assert {result["images"] for result in results} == {359}
     moved = {result["arm"]: result["counts"] for result in results}
     assert moved["nothing"] is None
-    with_flow = ("flow", "standard+flow", "pixel", "latent", "noise", "gaussian")
+    with_flow = ("flow", "standard+flow", "axes", "pixel", "latent", "noise", "gaussian")
     assert all(moved[arm]["seen"] == 32 for arm in with_flow)
     assert moved["flow+standard"]["seen"] == 80  # one copy of each image was made
+    loss = {result["arm"]: result["last_loss"] for result in results}
+    assert loss["axes"] != loss["flow"]
+    assert loss["axes+standard"] != loss["flow+standard"]
     assert len(list((tmp_path / "runs" / "flows").iterdir())) == 1  # all arms of a seed share the flow
     monkeypatch.setattr(run, "train", None)  # nothing is trained again
     gain.main([*options, "--steps", "2"])
@@ -88,8 +91,8 @@ def test_the_plan_has_every_cell_once_and_few_images_first(benchmark):
     plan = arms.cells(arms.FULL, [0, 1, 2, 3, 4])
     assert len(plan) == len(set(plan))
     count = {name: sum(cell.classifier == name for cell in plan) for name in arms.FULL.classifiers}
-    main, whole = 3 * 4 * 5, 4 * 3  # sizes, arms, seeds
-    rivals, other_order, pooled = 3 * 6 * 5, 3 * 5, 2 * 4 * 5
+    main, whole = 3 * 6 * 5, 4 * 3  # sizes, arms, seeds
+    rivals, other_order, pooled = 3 * 6 * 5, 3 * 5, 2 * 6 * 5
     assert count.pop("resnet18_pooled") == pooled
     assert count == {"swin": main + rivals + whole, "resnet18": main + whole, "lite0": main + other_order + whole}
     assert {cell.size for cell in plan[: -3 * whole]} == {"20", "100", "500"}
