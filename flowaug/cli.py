@@ -66,6 +66,8 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--p", type=float, default=1.0, help="share of the images that are augmented")
     parser.add_argument("--alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")
     parser.add_argument("--partner", default="bank", choices=PARTNERS, help="where partners come from")
+    parser.add_argument("--per-axis", action="store_true", help="a weight for each axis, not one for all of them")
+    parser.add_argument("--rescaled", action="store_true", help="keep a class's spread, which mixing shrinks")
     parser.add_argument("--seed", type=int, default=0, help="seed of the augmentation")
     parser.set_defaults(run=export_images)
 
@@ -106,7 +108,7 @@ def evaluate_flow(args: argparse.Namespace) -> None:
 
 def export_images(args: argparse.Namespace) -> None:
     """Write the copies and say how many."""
-    options = {name: getattr(args, name) for name in ("p", "alpha", "partner")}
+    options = {name: getattr(args, name) for name in ("p", "alpha", "partner", "per_axis", "rescaled")}
     data = open_images(args, args.split)
     transform = _open_transform(args, data, **options)
     settings = {**options, "rank": args.rank, "luminance": args.luminance, "flow": identity(args.flow)}

@@ -52,6 +52,8 @@ def test_export_and_go_on(tmp_path, capsys):
     assert "1 images written, 358 there before" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"flowaug: .* holds another export: its alpha is 1.0, not 0.5"):
         cli.main([*options, "--alpha", "0.5"])
+    with pytest.raises(SystemExit, match=r"its per_axis is False, not True"):
+        cli.main([*options, "--per-axis"])
 
 
 def test_sample(tmp_path, capsys):
