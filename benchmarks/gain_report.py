@@ -15,16 +15,19 @@ from gain_run import result_path
 from flowaug.checkpoint import write_atomic
 from flowaug.plots import intervals
 
-HEADER = """| arm | seeds | accuracy | gain over its base | flow mixup beyond it | last loss | share | ms (augmenting) |
-|---|---|---|---|---|---|---|---|"""
+HEADER = (
+    "| arm | seeds | accuracy | gain over its base | `flow` beyond it | `axes` beyond it "
+    "| last loss | share | ms (augmenting) |\n|---|---|---|---|---|---|---|---|---|"
+)
 NOTES = """Test accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
 subset, an initialisation and an order; arms of a seed are paired and take equally many steps. Gains are mean paired
 differences: of arms with flow mixup beside `standard` against `standard`, of all others against `nothing`.
 `flow+standard` moves the images first, in copies that are then cropped, RandAugmented and erased; `standard+flow` moves
-batches that were cropped and RandAugmented. Flows saw the training images of their run only, never augmented.
-Last loss: mean cross entropy of the last training batch, augmented as the arm does. Share: images that came back
-changed, of all that went through (`FlowMixupTransform.counts`).
-Times are those of an image in the runs, beside whatever else ran."""
+batches that were cropped and RandAugmented. `axes` is flow mixup with a weight for each class axis and the spread of
+the class kept; `axes+standard` is compared with `flow+standard`. Flows saw the training images of their run only, never
+augmented. Last loss: mean cross entropy of the last training batch, augmented as the arm does. Share: images that came
+back changed, of all that went through (`FlowMixupTransform.counts`). Times are those of an image in the runs, beside
+whatever else ran."""
 
 
 def read_results(cells: list[Cell], setup: Setup) -> dict[Cell, dict]:
@@ -50,17 +53,25 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     return interval(values) if len(values) else "–"
 
 
+def beyond(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> str:
+    """What flow mixup, by one weight and by one for each axis, adds to an arm that it competes with: two cells."""
+    flow = "flow" if arm in RIVALS else ""
+    axes = {"flow": "axes", "flow+standard": "axes+standard"}.get(arm, "axes" if flow else "")
+    own = accuracies(results, classifier, size, arm)
+    return " | ".join(difference(accuracies(results, classifier, size, other), own) for other in (flow, axes))
+
+
 def row(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> str:
     """One arm as a line of the table."""
-    own, base, flow = (accuracies(results, classifier, size, name) for name in (arm, base_of(arm), "flow"))
+    own, base = (accuracies(results, classifier, size, name) for name in (arm, base_of(arm)))
     gain = difference(own, base) if arm != "nothing" else "–"
-    beyond = difference(flow, own) if arm in RIVALS else "–"
     same = [result for cell, result in results.items() if cell[:3] == (classifier, size, arm)]
     loss, step, augmenting = (
         np.mean([result[name] for result in same]) for name in ("last_loss", "step_ms", "augment_ms")
     )
     mean, costs = interval(np.array(list(own.values()))), f"{share(same)} | {step:.2f} ({augmenting:.2f})"
-    return f"| {arm} | {len(own)} | {mean} | {gain} | {beyond} | {loss:.2f} | {costs} |"
+    compared = beyond(results, classifier, size, arm)
+    return f"| {arm} | {len(own)} | {mean} | {gain} | {compared} | {loss:.2f} | {costs} |"
 
 
 def share(results: list[dict]) -> str:

@@ -146,6 +146,7 @@ def test_every_classifier_takes_a_step(benchmark, name):
 def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_path):
     report, arms = benchmark("gain_report"), benchmark("gain_arms")
     scores = {"nothing": (0.50, 0.60, 0.70), "flow": (0.51, 0.62, 0.73), "pixel": (0.50, 0.61)}
+    scores |= {"axes": (0.52, 0.65, 0.75), "flow+standard": (0.5,) * 3, "axes+standard": (0.5, 0.6)}
     facts = {"step_ms": 2.0, "augment_ms": 0.5, "last_loss": 0.375, "counts": {"seen": 8, "augmented": 2}}
     results = {
         arms.Cell("tiny", "8", arm, seed): {"top1": top1, **facts}
@@ -154,8 +155,12 @@ def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_pat
     }
     rows = {arm: report.row(results, "tiny", "8", arm).split(" | ") for arm in scores}
     half = 4.302653 / 3**0.5  # t of two degrees of freedom; the differences 1, 2, 3 have a standard deviation of 1
-    assert rows["flow"][1:] == ["3", "62.00 ± 27.33", f"2.00 ± {half:.2f}", "–", "0.38", "0.250", "2.00 (0.50) |"]
-    assert rows["pixel"][3:5] == ["0.50 ± 6.35", "1.00 ± 0.00"]
+    gain = f"2.00 ± {half:.2f}"
+    assert rows["flow"][1:6] == ["3", "62.00 ± 27.33", gain, "–", gain]
+    assert rows["flow"][6:] == ["0.38", "0.250", "2.00 (0.50) |"]
+    assert rows["pixel"][3:6] == ["0.50 ± 6.35", "1.00 ± 0.00", "3.00 ± 12.71"]
+    assert rows["flow+standard"][3:6] == ["–", "–", "5.00 ± 63.53"]
+    assert rows["axes"][4:6] == ["–", "–"]
     mean, width = report.gains(results, "tiny", "8")["flow"]
     np.testing.assert_allclose((mean, width), (2, half), rtol=1e-6)
 
