@@ -27,6 +27,7 @@ convolutions of Lite0 may run at a third of that, the others train in bfloat16, 
 | swin, six rivals | 15.1 | |
 | resnet18, four arms | 15.1 | 9.0 |
 | resnet18_pooled, four arms | 2.7 | |
+| axes, two arms of each classifier | half of its four | |
 | flows | 0.7 | 0.1 |
 | --tune | 6.2 | |
 """

@@ -102,7 +102,7 @@ def create_augmentation(kind: str, source: str | Path, train: ImageDataset, **ke
     """Build flow mixup or a rival of it.
 
     Args:
-        kind: "flow", "axes" (the same with other keywords), "pixel", "latent", "noise" or "gaussian".
+        kind: "flow", "pixel", "latent", "noise", "gaussian" or "axes" (as "flow", given other keywords).
         source: the trained flow.
         train: the images that the flow was trained on.
         **keywords: of the transform.
@@ -110,7 +110,7 @@ def create_augmentation(kind: str, source: str | Path, train: ImageDataset, **ke
     Raises:
         ValueError: unknown kind, or other images than the flow's in number.
     """
-    known = {"flow": FlowMixupTransform, "axes": FlowMixupTransform, **WITH_BANK, **WITH_STRENGTH}
+    known = {"flow": FlowMixupTransform, **WITH_BANK, **WITH_STRENGTH, "axes": FlowMixupTransform}
     if kind not in known:
         raise ValueError(f"no augmentation {kind!r}; expected one of {', '.join(known)}")
     flow, pca = load_flow(source), load_pca(source)
