@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
 
 @contextmanager
 def sole_writer(folder: Path, main: bool = True) -> Iterator[None]:
-    """Keep a folder for one run; the operating system lets go of it when the run ends, however it ends.
+    """Keep a folder for one run, by a lock file that goes when the run ends and binds nobody when it is killed.
 
     Args:
         folder: the run's output folder, made if it is not there.
@@ -90,6 +90,8 @@ def sole_writer(folder: Path, main: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(PermissionError):  # Windows removes the file of a lock itself
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
