@@ -123,6 +123,11 @@ WHOLE_SEEDS = 3  # the size "all" has the seeds below
 OTHER_ORDER = ("standard+flow",)
 PER_AXIS = ("axes", "axes+standard")
 RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER + PER_AXIS)
+COMPETITORS = {  # arm to what the report holds against it: flow mixup by one weight, and by one for each axis
+    **{arm: ("flow", "axes") for arm in RIVALS},
+    "flow": (None, "axes"),
+    "flow+standard": (None, "axes+standard"),
+}
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
     "axes": {"alpha": 1.0, "rank": 64, "per_axis": True, "rescaled": True},

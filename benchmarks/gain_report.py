@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from few_labels import half_width, interval
-from gain_arms import ARMS, RIVALS, Cell, Setup, base_of
+from gain_arms import ARMS, COMPETITORS, Cell, Setup, base_of
 from gain_run import result_path
 
 from flowaug.checkpoint import write_atomic
@@ -36,8 +36,8 @@ def read_results(cells: list[Cell], setup: Setup) -> dict[Cell, dict]:
     return {cell: json.loads(path.read_text()) for cell, path in paths.items() if path.is_file()}
 
 
-def accuracies(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> dict[int, float]:
-    """Seed to test accuracy in percent."""
+def accuracies(results: dict[Cell, dict], classifier: str, size: str, arm: str | None) -> dict[int, float]:
+    """Seed to test accuracy in percent; nothing without an arm."""
     same = (classifier, size, arm)
     return {cell.seed: 100 * result["top1"] for cell, result in results.items() if cell[:3] == same}
 
@@ -53,14 +53,6 @@ def difference(first: dict[int, float], second: dict[int, float]) -> str:
     return interval(values) if len(values) else "–"
 
 
-def beyond(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> str:
-    """What flow mixup, by one weight and by one for each axis, adds to an arm that it competes with: two cells."""
-    flow = "flow" if arm in RIVALS else ""
-    axes = {"flow": "axes", "flow+standard": "axes+standard"}.get(arm, "axes" if flow else "")
-    own = accuracies(results, classifier, size, arm)
-    return " | ".join(difference(accuracies(results, classifier, size, other), own) for other in (flow, axes))
-
-
 def row(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> str:
     """One arm as a line of the table."""
     own, base = (accuracies(results, classifier, size, name) for name in (arm, base_of(arm)))
@@ -70,8 +62,9 @@ def row(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> str:
         np.mean([result[name] for result in same]) for name in ("last_loss", "step_ms", "augment_ms")
     )
     mean, costs = interval(np.array(list(own.values()))), f"{share(same)} | {step:.2f} ({augmenting:.2f})"
-    compared = beyond(results, classifier, size, arm)
-    return f"| {arm} | {len(own)} | {mean} | {gain} | {compared} | {loss:.2f} | {costs} |"
+    others = (accuracies(results, classifier, size, name) for name in COMPETITORS.get(arm, (None, None)))
+    beyond = " | ".join(difference(other, own) for other in others)
+    return f"| {arm} | {len(own)} | {mean} | {gain} | {beyond} | {loss:.2f} | {costs} |"
 
 
 def share(results: list[dict]) -> str:
