@@ -6,6 +6,7 @@ import torch
 
 from flowaug import create_flow, list_flows
 from flowaug.architectures.vector import fair_permutations
+from flowaug.nn import ConvConditioner
 from tests.oracles import jacobian_ladj
 
 NARROW = {  # every registered flow keeps its depth; what makes it large is its width
@@ -50,6 +51,13 @@ def test_couplings_are_exact(name, coupling):
     z, ladj = flow.encode(x)
     torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-10)
     torch.testing.assert_close(ladj, jacobian_ladj(flow.encode, x), rtol=0, atol=1e-9)
+
+
+def test_conditioners_are_as_wide_as_their_level_says():
+    flow = narrow_flow("mef_tiny", hidden=(4, 12))
+    assert [m.hidden for m in flow.modules() if isinstance(m, ConvConditioner)] == [4] * 4 + [12] * 4
+    x = events(flow, 2)
+    torch.testing.assert_close(flow.decode(flow.encode(x)[0]), x, rtol=0, atol=1e-10)
 
 
 def test_flow_without_a_split_is_exact_and_takes_all_channels_through_all_levels():

@@ -129,6 +129,8 @@ BAD_MODELS = [
     (dict(event_shape=(1, 0, 8)), "positive integers"),
     (dict(event_shape=64), "event_shape is 64; expected"),
     (dict(event_shape=(64,)), r"mef flows take images.*vector_\*"),
+    (dict(hidden=()), r"number of widths \(hidden\) is 0; expected at least 1"),
+    (dict(blocks=()), "number of blocks is 0; expected at least 1"),
     (dict(attention=True, hidden=10), "width 10 cannot have 4 heads"),
     (dict(name="glow_tiny", event_shape=(3, 9, 8)), "9×8 must be multiples of 2"),
     (dict(name="glow_tiny", event_shape=(3,)), "glow flows take images"),

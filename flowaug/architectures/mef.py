@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from flowaug.architectures.multiscale import Shape, build_multiscale, check_image_shape
+from flowaug.architectures.multiscale import Shape, build_multiscale, check_at_least_one, check_image_shape
 from flowaug.bijections import ActNorm, Bijection, Coupling, InvertibleConv1x1
 from flowaug.nn import ConvConditioner
 
@@ -12,7 +12,7 @@ def build_mef(
     *,
     steps: int,
     blocks: tuple[int, ...],
-    hidden: int,
+    hidden: int | tuple[int, ...],
     coupling: str = "matrix_exp",
     num_levels: int | None = None,
     attention: bool = False,
@@ -24,7 +24,7 @@ def build_mef(
         event_shape: (C, H, W), H and W divisible by ``2 ** num_levels``.
         steps: steps per level.
         blocks: residual blocks of the conditioners of each level; the last entry serves all further levels.
-        hidden: width of the conditioners.
+        hidden: width of the conditioners, of all levels or of each; the last entry serves all further levels.
         coupling: "additive", "affine" or "matrix_exp".
         num_levels: number of levels, None for as many as the size allows (three at most).
         attention: end the conditioners' residual blocks with self-attention over the pixels; ``hidden`` must be a
@@ -32,10 +32,12 @@ def build_mef(
         split: whether each level hands half of its channels to the output; False takes all through all levels.
     """
     check_image_shape(event_shape, "mef")
+    widths = (hidden,) if isinstance(hidden, int) else hidden
+    check_at_least_one(**{"number of blocks": len(blocks), "number of widths (hidden)": len(widths)})
 
     def step(shape: Shape, level: int) -> list[Bijection]:
-        depth = blocks[min(level, len(blocks) - 1)]
-        network = partial(ConvConditioner, hidden=hidden, blocks=depth, attention=attention)
+        width, depth = (sizes[min(level, len(sizes) - 1)] for sizes in (widths, blocks))
+        network = partial(ConvConditioner, hidden=width, blocks=depth, attention=attention)
         return [ActNorm(shape), InvertibleConv1x1(shape[0]), Coupling(shape[0], coupling, network)]
 
     return build_multiscale(event_shape, num_levels, steps, step, split)
