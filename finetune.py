@@ -26,10 +26,10 @@ import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
 from flowaug.classifier import accuracy, eval_transform
-from flowaug.copies import AugmentedCopies
 from flowaug.finetuning import (
     count_steps,
     create_classifier,
+    create_copies,
     create_loaders,
     create_loss,
     create_optimizer,
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def settle_recipe(given: argparse.Namespace, recipe: dict) -> dict:
     """What the recipe comes to beside the options given: another length or model takes some of it back."""
-    check_disagreements(given)
+    check_disagreements(given, recipe)
     taken = {"epochs", "steps"} if given.epochs or given.steps else set()
     if given.model and given.model != recipe["model"]:
         taken |= {"img_size", "pretrained", "model_kwargs"}
@@ -220,7 +220,7 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     flow_mixup = load_flow_mixup(args, sets[0], accelerator)
     with sole_writer(args.output, accelerator.is_main_process):
         if args.flow_aug_copies:
-            sets[0] = AugmentedCopies(sets[0], flow_mixup, args.flow_aug_copies, args.seed)
+            sets[0] = create_copies(args, sets[0], flow_mixup, spec[0])
             loaders = create_loaders(args, sets, spec[0], accelerator)
         on_batches = None if args.flow_aug_copies else flow_mixup
         pipeline = create_pipeline(args, spec, on_batches, num_classes, accelerator.device)

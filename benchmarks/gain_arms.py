@@ -110,6 +110,7 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "standard+flow": (STANDARD, "flow"),  # the flow gets batches that were
     "axes": ({}, "axes"),  # flow mixup by a weight for each axis, the spread of the class kept
     "axes+standard": (STANDARD, "axes"),
+    "axes-or-standard": (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # no image that was moved is RandAugmented
     "mixup": ({}, None),
     "cutmix": ({}, None),
     "pixel": ({}, "pixel"),
@@ -118,10 +119,10 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "gaussian": ({}, "gaussian"),
 }
 MAIN_ARMS = ("nothing", "flow", "standard", "flow+standard")
-FIRST = ("flow+standard", "axes+standard")  # arms whose flow comes before the transforms of single images
+FIRST = ("flow+standard", "axes+standard", "axes-or-standard")  # the flow comes before transforms of single images
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
 OTHER_ORDER = ("standard+flow",)
-PER_AXIS = ("axes", "axes+standard")
+PER_AXIS = ("axes", "axes+standard", "axes-or-standard")
 RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER + PER_AXIS)
 COMPETITORS = {  # arm to what the report holds against it: flow mixup by one weight, and by one for each axis
     **{arm: ("flow", "axes") for arm in RIVALS},

@@ -20,9 +20,15 @@ from tqdm.auto import tqdm
 from flowaug.checkpoint import CONFIG, write_json
 from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
 from flowaug.cli_options import random_subset
-from flowaug.copies import AugmentedCopies
 from flowaug.data import ImageDataset, create_loader, load_dataset
-from flowaug.finetuning import create_classifier, create_optimizer, create_pipeline, create_schedule, memory_format
+from flowaug.finetuning import (
+    create_classifier,
+    create_copies,
+    create_optimizer,
+    create_pipeline,
+    create_schedule,
+    memory_format,
+)
 from flowaug.loaders import endless_batches, seeded
 from flowaug.recipes import deciding_options
 from flowaug.state import Run
@@ -54,7 +60,7 @@ def result_path(cell: Cell, setup: Setup) -> Path:
 def identity(cell: Cell, setup: Setup) -> dict:
     """What decides the numbers of a run, as JSON."""
     skip = ("output", "resume", "save_every", "workers", "log_with", "dry_run", "cpu", "recipe", "quick", "checkpoint")
-    skip += ("flow_aug_copies", "flow_aug_per_axis", "flow_aug_rescaled")  # the arm says it
+    skip += ("flow_aug_copies", "flow_aug_or_aa", "flow_aug_per_axis", "flow_aug_rescaled")  # the arm says it
     named = {"data": setup.dataset, "held_out": setup.held_out, **deciding_options(options_of(cell, setup), skip)}
     if ARMS[cell.arm][1] is None:
         return named
@@ -121,7 +127,8 @@ def train_on_copies(args: argparse.Namespace, sets, transform, folder: Path, nam
     """Let the flow move the images first, a copy for each pass over them, and train on the copies."""
     train_set, judged = sets
     began, passes = time.perf_counter(), math.ceil(args.steps * args.batch_size / len(train_set))
-    copies = AugmentedCopies(train_set, transform, passes, args.seed)
+    args.flow_aug_copies, size = passes, (train_set.channels, args.img_size, args.img_size)
+    copies = create_copies(args, train_set, transform, size)
     seconds = time.perf_counter() - began
     result, extra = train(args, (copies, judged), None, folder, name), 1000 * seconds / (passes * len(train_set))
     dearer = {time: result[time] + extra for time in ("augment_ms", "step_ms")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 from flowaug.generation import CHUNK
 from flowaug.images import ImageDataset
 from flowaug.transform import FlowMixupTransform
+
+Augmented = tuple[dict[int, Image.Image], dict[int, bool]]  # by position in the data set
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ def chunks(count: int, copies: range) -> list[Chunk]:
     return [Chunk(c, start, min(start + CHUNK, count)) for c in copies for start in range(0, count, CHUNK)]
 
 
-def augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk, seed: int) -> dict[int, Image.Image]:
-    """The images of a chunk by their position; those of one size go through the flow together.
+def augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk, seed: int) -> Augmented:
+    """The images of a chunk, and which of them the flow has moved; those of one size go through it together.
 
     The random choices depend on the seed, the copy and the chunk's place alone.
     """
     images = {i: dataset.image(i) for i in chunk.indices}
+    moved = dict.fromkeys(images, False)
     if chunk.copy == 0:
-        return images
+        return images, moved
     transform.reseed(seed, chunk.copy, chunk.start)
     sizes: dict[tuple, list[int]] = {}
     for i, image in images.items():
@@ -50,9 +53,10 @@ def augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk
     device = transform.pca.axes.device
     for members in sizes.values():
         x = torch.stack([_to_tensor(images[i]) for i in members])
-        mixed, _ = transform(x.to(device), torch.as_tensor(dataset.targets[members], device=device))
-        images.update(zip(members, map(to_image, mixed.cpu()), strict=True))
-    return images
+        mixed = transform(x.to(device), torch.as_tensor(dataset.targets[members], device=device))[0].cpu()
+        images.update(zip(members, map(to_image, mixed), strict=True))
+        moved.update(zip(members, (mixed != x).flatten(1).any(1).tolist(), strict=True))
+    return images, moved
 
 
 class AugmentedCopies(ImageDataset):
@@ -66,6 +70,8 @@ class AugmentedCopies(ImageDataset):
         transform: the augmentation, for uint8 images; its generator is set anew for each chunk.
         copies: of each image; the transform's ``p`` says which share of a copy is moved at all.
         seed: seed of the augmentation.
+        for_moved: transform of the images that the flow has moved, in the place of that of the loader; None for no
+            difference. Without RandAugment, for example, no image is changed by both.
 
     Raises:
         ValueError: no copy, or a stream of shards.
@@ -78,26 +84,38 @@ class AugmentedCopies(ImageDataset):
         True
     """
 
-    def __init__(self, dataset: ImageDataset, transform: FlowMixupTransform, copies: int, seed: int = 0):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        transform: FlowMixupTransform,
+        copies: int,
+        seed: int = 0,
+        for_moved: Callable[[Image.Image], Tensor] | None = None,
+    ):
         if copies < 1:
             raise ValueError(f"copies is {copies}; expected at least 1")
         if not isinstance(dataset, ImageDataset):
             raise ValueError("shards are a stream and cannot be copied in memory; augment batches instead")
         self.originals = len(dataset)
-        self.pixels = list(_copied(transform, dataset, copies, seed))
+        self.pixels, self.moved = zip(*_copied(transform, dataset, copies, seed), strict=True)
+        self.for_moved = for_moved
         same = {name: getattr(dataset, name) for name in ("name", "channels", "grey_levels", "transform")}
         super().__init__(range(self.originals), dataset.targets, dataset.class_names, **same)
 
     def visit(self, index: int, number: int):
         """The image on visit ``number``, in its copy ``number mod copies``, and its label."""
-        return self._labelled(self._copy(index, number), index)
+        place = self._place(index, number)
+        image = Image.fromarray(self.pixels[place])
+        if self.for_moved is not None and self.moved[place]:
+            return self.for_moved(image), int(self.targets[index])
+        return self._labelled(image, index)
 
     def open(self, index: int) -> Image.Image:
         """The image in its first copy."""
-        return self._copy(index, 0)
+        return Image.fromarray(self.pixels[self._place(index, 0)])
 
-    def _copy(self, index: int, number: int) -> Image.Image:
-        return Image.fromarray(self.pixels[(number * self.originals + self.images[index]) % len(self.pixels)])
+    def _place(self, index: int, number: int) -> int:
+        return (number * self.originals + self.images[index]) % len(self.pixels)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -105,11 +123,15 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
-def _copied(transform: FlowMixupTransform, dataset: ImageDataset, copies: int, seed: int) -> Iterator[np.ndarray]:
+def _copied(
+    transform: FlowMixupTransform, dataset: ImageDataset, copies: int, seed: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """The pixels of every copy, and whether the flow has moved them."""
     total = copies * len(dataset)
     with tqdm(total=total, desc="augmented copies", unit=" images", leave=False, delay=2) as bar:
         for chunk in chunks(len(dataset), range(1, copies + 1)):
-            yield from map(np.asarray, augmented(transform, dataset, chunk, seed).values())
+            images, moved = augmented(transform, dataset, chunk, seed)
+            yield from zip(map(np.asarray, images.values()), moved.values(), strict=True)
             bar.update(len(chunk.indices))
 
 

@@ -16,7 +16,8 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from flowaug.classifier import BatchPipeline, eval_transform, train_transform
-from flowaug.data import create_loader
+from flowaug.copies import AugmentedCopies
+from flowaug.data import ImageDataset, create_loader
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -180,10 +181,24 @@ def create_loss(args: argparse.Namespace) -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=args.smoothing)
 
 
+def loaded_size(input_size: tuple[int, int, int], dataset: ImageDataset) -> int:
+    """Height and width at which images are loaded: the model's, or the data set's own if that is smaller."""
+    return min(input_size[-1], max(dataset.image_size))
+
+
+def create_copies(args: argparse.Namespace, dataset: ImageDataset, flow_mixup, input_size) -> AugmentedCopies:
+    """The copies of ``--flow-aug-copies``; with ``--flow-aug-or-aa`` those that the flow has moved are spared --aa."""
+    for_moved = None
+    if args.flow_aug_or_aa:
+        spared = argparse.Namespace(**{**vars(args), "aa": None})
+        for_moved = train_transform(loaded_size(input_size, dataset), input_size[0], spared)
+    return AugmentedCopies(dataset, flow_mixup, args.flow_aug_copies, args.seed, for_moved)
+
+
 def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, int], accelerator: Accelerator):
     """Loaders of uint8 images; those smaller than the model's input are enlarged on the device, after the flow."""
     train_set, val_set = sets
-    size = min(input_size[-1], max(train_set.image_size))
+    size = loaded_size(input_size, train_set)
     place = (accelerator.process_index, accelerator.num_processes)
     batch = min(args.batch_size, len(train_set) // accelerator.num_processes)
     options = (args.seed, args.workers, *place)

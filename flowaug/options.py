@@ -46,13 +46,13 @@ def classifier_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def check_disagreements(args: argparse.Namespace) -> None:
-    """Refuse options of ``finetune.py`` that say opposite things or that nothing would read.
+def check_disagreements(args: argparse.Namespace, recipe: dict) -> None:
+    """Refuse options of ``finetune.py`` that say opposite things or that nothing would read, beside those of a recipe.
 
     Raises:
         ValueError: naming both and the way out.
     """
-    optional = ("p", "rank", "per_axis", "rescaled", "policy", "off_epoch", "copies")
+    optional = ("p", "rank", "per_axis", "rescaled", "policy", "off_epoch", "copies", "or_aa")
     idle = [n for n in optional if getattr(args, f"flow_aug_{n}") is not None]
     rules = {
         f"--flow-aug-{idle[0].replace('_', '-')} needs --flow-aug" if idle else "": idle and not args.flow_aug,
@@ -61,6 +61,12 @@ def check_disagreements(args: argparse.Namespace) -> None:
         ),
         "--flow-aug-copies keeps the images in memory, but shards are a stream; leave it out": (
             args.flow_aug_copies is not None and is_shards(args.dataset, args.data_dir)
+        ),
+        "--flow-aug-or-aa needs --flow-aug-copies: only before --aa does the flow choose its images": (
+            args.flow_aug_or_aa and args.flow_aug_copies is None
+        ),
+        "--flow-aug-or-aa needs --aa, from which it spares images": (
+            args.flow_aug_or_aa and not (args.aa or recipe.get("aa"))
         ),
         "--flow-aug-copies must be at least 1": args.flow_aug_copies is not None and args.flow_aug_copies < 1,
         "--checkpoint and --pretrained name two sets of weights; give one": args.checkpoint and args.pretrained,
@@ -170,6 +176,12 @@ def _add_flow_aug_options(parser) -> None:
         metavar="N",
         help="augment before crop and --aa, not after: N augmented copies of the images are made once, in memory, and "
         "each visit to an image takes the next",
+    )
+    flow.add_argument(
+        "--flow-aug-or-aa",
+        action="store_true",
+        default=None,
+        help="spare the copies that the flow has moved --aa: no image is changed by both (with --flow-aug-copies)",
     )
 
 
