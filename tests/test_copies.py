@@ -9,9 +9,12 @@ from PIL import Image
 
 import finetune
 from flowaug import FlowMixupTransform
+from flowaug.classifier import train_transform
 from flowaug.copies import AugmentedCopies
 from flowaug.data import ImageDataset
 from flowaug.export import CHUNK, export
+from flowaug.finetuning import create_copies
+from flowaug.loaders import seeded
 from tests.conftest import NAMES, make_flow, make_pca
 
 QUICK = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu", "--batch-size", "16"]
@@ -83,6 +86,32 @@ def test_a_part_of_the_copies_keeps_each_image_with_its_label():
     assert part[0][1] == whole[7][1]
 
 
+def test_images_that_the_flow_has_moved_take_a_transform_of_their_own():
+    data = images()
+    copies = AugmentedCopies(data, transform(p=0.5), 2, for_moved=lambda image: ("moved", np.asarray(image)))
+    copies.transform = lambda image: ("still", np.asarray(image))
+    seen = [(*copies.visit(i % 9, i // 9), i % 9) for i in range(18)]
+    assert [kind == "still" for (kind, _), *_ in seen] == [np.array_equal(x, data.images[i]) for (_, x), _, i in seen]
+    assert {kind for (kind, _), *_ in seen} == {"moved", "still"}
+    assert [label for _, label, _ in seen] == [data.targets[i] for *_, i in seen]
+
+
+def test_either_the_flow_or_randaugment_changes_an_image():
+    options = ["--aa", "rand-m9-n4-mstd0.5-inc1", "--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0"]
+    options += ["--flow-aug", "x", "--flow-aug-copies", "2", "--flow-aug-or-aa"]
+    args, data = finetune.parse_args(options), images()
+    copies = create_copies(args, data, transform(p=0.5), (3, 8, 8))
+    copies.transform = train_transform(8, 3, args)
+    for i in range(18):
+        draws = []
+        for seed in range(4):
+            with seeded(seed):
+                draws.append(copies.visit(i % 9, i // 9)[0])
+        varied = any((draw != draws[0]).any() for draw in draws)
+        assert varied != copies.moved[i]
+    assert 0 < sum(copies.moved) < 18
+
+
 @pytest.mark.parametrize(("data", "copies", "message"), [(images(), 0, "at least 1"), (object(), 1, "stream")])
 def test_bad_arguments(data, copies, message):
     with pytest.raises(ValueError, match=message):
@@ -106,7 +135,7 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
 
 def test_a_killed_run_on_copies_resumes_to_the_same_weights(tmp_path, killed_at):
     options = ["--flow-aug", "digits", "--flow-aug-copies", "2", "--images-per-class", "4", *QUICK, "--steps", "5"]
-    options += ["--save-every", "1"]
+    options += ["--save-every", "1", "--aa", "rand-m9-mstd0.5-inc1", "--flow-aug-or-aa"]
     finetune.main([*options, "--output", str(tmp_path / "whole")])
     killed_at(3, finetune.main, [*options, "--output", str(tmp_path / "cut")])
     finetune.main([*options, "--output", str(tmp_path / "cut")])

@@ -10,6 +10,8 @@ DISAGREE = [
     (["--flow-aug-per-axis"], "--flow-aug-per-axis needs --flow-aug"),
     (["--flow-aug-rescaled"], "--flow-aug-rescaled needs --flow-aug"),
     (["--flow-aug", "--flow-aug-copies", "3", "--flow-aug-off-epoch", "1"], "give one"),
+    (["--flow-aug", "--flow-aug-or-aa", "--aa", "rand-m9"], "--flow-aug-or-aa needs --flow-aug-copies"),
+    (["--flow-aug", "--flow-aug-copies", "3", "--flow-aug-or-aa"], "--flow-aug-or-aa needs --aa"),
     (["--flow-aug", "--flow-aug-copies", "0"], "--flow-aug-copies must be at least 1"),
     (["--flow-aug", "--flow-aug-copies", "3", "--dataset", "wds/"], "shards are a stream"),
     (["--checkpoint", "w.pth", "--pretrained"], "two sets of weights"),
