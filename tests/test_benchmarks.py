@@ -91,8 +91,8 @@ def test_the_plan_has_every_cell_once_and_few_images_first(benchmark):
     plan = arms.cells(arms.FULL, [0, 1, 2, 3, 4])
     assert len(plan) == len(set(plan))
     count = {name: sum(cell.classifier == name for cell in plan) for name in arms.FULL.classifiers}
-    main, whole = 3 * 6 * 5, 4 * 3  # sizes, arms, seeds
-    rivals, other_order, pooled = 3 * 6 * 5, 3 * 5, 2 * 6 * 5
+    main, whole = 3 * 7 * 5, 4 * 3  # sizes, arms, seeds
+    rivals, other_order, pooled = 3 * 6 * 5, 3 * 5, 2 * 7 * 5
     assert count.pop("resnet18_pooled") == pooled
     assert count == {"swin": main + rivals + whole, "resnet18": main + whole, "lite0": main + other_order + whole}
     assert {cell.size for cell in plan[: -3 * whole]} == {"20", "100", "500"}
