@@ -27,6 +27,7 @@ from flowaug.finetuning import (
     create_optimizer,
     create_pipeline,
     create_schedule,
+    loaded_size,
     memory_format,
 )
 from flowaug.loaders import endless_batches, seeded
@@ -127,8 +128,8 @@ def train_on_copies(args: argparse.Namespace, sets, transform, folder: Path, nam
     """Let the flow move the images first, a copy for each pass over them, and train on the copies."""
     train_set, judged = sets
     began, passes = time.perf_counter(), math.ceil(args.steps * args.batch_size / len(train_set))
-    args.flow_aug_copies, size = passes, (train_set.channels, args.img_size, args.img_size)
-    copies = create_copies(args, train_set, transform, size)
+    args.flow_aug_copies = passes
+    copies = create_copies(args, train_set, transform, (train_set.channels, args.img_size, args.img_size))
     seconds = time.perf_counter() - began
     result, extra = train(args, (copies, judged), None, folder, name), 1000 * seconds / (passes * len(train_set))
     dearer = {time: result[time] + extra for time in ("augment_ms", "step_ms")}
@@ -169,7 +170,7 @@ def build(args: argparse.Namespace, sets, transform):
     with seeded(args.seed):
         model, spec = create_classifier(args, len(train_set.class_names), train_set.channels)
     pipeline = create_pipeline(args, spec, transform, len(train_set.class_names), CPU)
-    size, batch = min(spec[0][-1], max(train_set.image_size)), min(args.batch_size, len(train_set))
+    size, batch = loaded_size(spec[0], train_set), min(args.batch_size, len(train_set))
     augment = train_transform(size, train_set.channels, args)
     first = create_loader(train_set, augment, batch, True, args.seed, drop_last=True)
     second = create_loader(judged, eval_transform(size), JUDGED, False, 0)
