@@ -133,9 +133,10 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
     assert metrics["flow_aug"]["augmented"] > 50
 
 
-def test_a_killed_run_on_copies_resumes_to_the_same_weights(tmp_path, killed_at):
+@pytest.mark.parametrize("more", [[], ["--aa", "rand-m9-mstd0.5-inc1", "--flow-aug-or-aa"]], ids=["plain", "or-aa"])
+def test_a_killed_run_on_copies_resumes_to_the_same_weights(tmp_path, killed_at, more):
     options = ["--flow-aug", "digits", "--flow-aug-copies", "2", "--images-per-class", "4", *QUICK, "--steps", "5"]
-    options += ["--save-every", "1", "--aa", "rand-m9-mstd0.5-inc1", "--flow-aug-or-aa"]
+    options += ["--save-every", "1", *more]
     finetune.main([*options, "--output", str(tmp_path / "whole")])
     killed_at(3, finetune.main, [*options, "--output", str(tmp_path / "cut")])
     finetune.main([*options, "--output", str(tmp_path / "cut")])
