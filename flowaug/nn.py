@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def in_compiled_inference() -> bool:
+    """Whether ``torch.compile`` traces this without gradients: what it fuses on a CPU wants formulas of its own."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
 def _elu(x: Tensor) -> Tensor:
+    if in_compiled_inference():
+        return x.relu() + ((-x).relu().neg().exp() - 1)
     return x.clamp(max=0).exp_().sub_(1).clamp_min_(x)
 
 
@@ -33,6 +40,13 @@ class _ELU(torch.autograd.Function):
 def elu(x: Tensor) -> Tensor:
     """Exponential linear unit (Clevert et al. 2016) of a tensor of any shape."""
     return _ELU.apply(x) if torch.is_grad_enabled() else _elu(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Hyperbolic tangent of a tensor of any shape."""
+    if in_compiled_inference():
+        return 1 - 2 / ((2 * x).exp() + 1)
+    return x.tanh()
 
 
 LINEAR_BACKEND = "onednn"  # float32 on a CPU: by oneDNN's 1×1 convolution, on AMD up to twice as fast as "blas"

@@ -21,7 +21,8 @@ from flowaug.bijections import (
     Squeeze,
     TokenCoupling,
 )
-from flowaug.bijections.coupling import LowRankExpTransform, MatrixExpTransform, expm_action, series
+from flowaug.bijections.coupling import LowRankExpTransform, MatrixExpTransform
+from flowaug.bijections.expm import expm_action, series
 from flowaug.bijections.linear import expm
 from flowaug.bijections.tokens import PATTERNS, halves_first, pattern_mask
 from flowaug.nn import ConvConditioner, PlainConditioner, TransformerConditioner

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from flowaug import list_flows, load_flow, save_flow
+from flowaug import list_flows, load_flow, nn, save_flow
+from flowaug.bijections import expm
 from flowaug.bijections.base import Piecewise
+from flowaug.bijections.expm import expm_of_pixels
 from flowaug.data import load_dataset, stack_images
 from tests.test_architectures import events, narrow_flow
 
@@ -123,3 +125,22 @@ def test_compiled_couplings(monkeypatch):
             x = events(flow, count)
             torch.testing.assert_close(frozen.encode(x), flow.encode(x), rtol=0, atol=1e-10)
             torch.testing.assert_close(frozen.decode(flow.encode(x)[0]), x, rtol=0, atol=1e-10)
+
+
+def test_formulas_of_the_compiled_form(monkeypatch):
+    x = torch.cat([torch.linspace(-40, 40, 999, dtype=torch.float64), torch.tensor([0.0, -0.0, 1e3, -1e3])])
+    x = torch.cat([x, torch.tensor([float("inf"), float("-inf"), float("nan")], dtype=torch.float64)])
+    torch.manual_seed(9)
+    s, v = torch.randn(2, 9, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    s = s / s.abs().sum(1, keepdim=True)
+    plain = nn.elu(x), nn.tanh(x), expm_of_pixels(s, v, 2.0)
+    used = []
+    for module in (nn, expm):
+        monkeypatch.setattr(module, "in_compiled_inference", lambda: used.append(1) or True)
+    with torch.no_grad():
+        fused = nn.elu(x), nn.tanh(x), expm_of_pixels(s, v, 2.0)
+    assert len(used) == 3
+    torch.testing.assert_close(fused, plain, rtol=1e-13, atol=1e-15, equal_nan=True)
+    literal = torch.matrix_exp(s.view(2, 3, 3, 4, 5).permute(0, 3, 4, 1, 2).contiguous())
+    literal = literal @ v.permute(0, 2, 3, 1)[..., None]
+    torch.testing.assert_close(fused[2], literal[..., 0].permute(0, 3, 1, 2), rtol=1e-12, atol=1e-12)

@@ -6,21 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from flowaug.bijections.base import Conditioned
+from flowaug.bijections.expm import MAX_LOG, expm_of_pixels, from_pixels, series, taylor_terms, to_pixels
+from flowaug.nn import tanh
 
-MAX_LOG = 2.0  # bound on every log-scale, and on the norm of every matrix that is exponentiated
 CACHE = 2**19  # activations that one layer of a conditioner may have at a time on a CPU: 2 MiB in float32
 KEEP = 4  # times as many where all activations are kept for a backward pass, and the cache is lost anyway
 RANK = 3  # rank of the matrix form where c × c matrices would be too large
 MAX_FULL_CHANNELS = 24  # beyond it the rank-3 form is used, as in MEF
-
-
-def taylor_terms(norm: float, dtype: torch.dtype) -> int:
-    """Terms of the exponential series that reach rounding error for matrices of norm up to ``norm``."""
-    remainder, terms = norm, 0
-    while remainder > torch.finfo(dtype).eps / 100:
-        terms += 1
-        remainder *= norm / (terms + 1)
-    return terms
 
 
 class BoundedParameters(nn.Module):
@@ -51,7 +43,7 @@ class BoundedParameters(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         """Map raw conditioner outputs (B, count, H, W) to bounded parameters of the same shape."""
         rescale, reshift = self._clamped()
-        return torch.tanh(raw) * rescale + reshift
+        return tanh(raw) * rescale + reshift
 
 
 class AdditiveTransform(nn.Module):
@@ -90,71 +82,6 @@ class AffineTransform(nn.Module):
         return (y - t) * (-self.log_scale(s)).exp()
 
 
-class _Series(torch.autograd.Function):
-    """``Σ_k t_k`` with ``t_0 = x`` and ``t_k = S t_{k−1} / (k + offset)``; backward costs one such sum more."""
-
-    @staticmethod
-    def forward(ctx, s: Tensor, x: Tensor, terms: int, offset: int) -> Tensor:
-        parts = [x]
-        for k in range(1, terms + 1):
-            parts.append((s @ parts[-1]).div_(k + offset))
-        parts = torch.cat(parts, -1)
-        ctx.save_for_backward(s, parts)
-        ctx.offset = offset
-        return parts.sum(-1, keepdim=True)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        s, parts = ctx.saved_tensors
-        adjoints, transposed = [grad], s.mT
-        for k in range(parts.shape[-1] - 1, 0, -1):
-            adjoints.append(torch.add(grad, transposed @ adjoints[-1], alpha=1 / (k + ctx.offset)))
-        scales = torch.arange(parts.shape[-1] - 1, 0, -1, device=s.device, dtype=s.dtype) + ctx.offset
-        adjoint = torch.cat(adjoints[:-1], -1) / scales
-        return adjoint @ parts[..., :-1].flip(-1).mT, adjoints[-1], None, None
-
-
-def series(s: Tensor, x: Tensor, terms: int, offset: int) -> Tensor:
-    """``Σ_k S^k x · offset! / (k + offset)!`` up to ``k = terms``: matrix times vector only.
-
-    Args:
-        s: matrices (..., c, c).
-        x: vectors (..., c, 1).
-        terms: where to stop.
-        offset: 0 for the exponential, 1 for ``(exp(S) − 1) / S``.
-    """
-    if torch.is_grad_enabled():
-        return _Series.apply(s, x, terms, offset)
-    total, term = x.clone(), x
-    for k in range(1, terms + 1):
-        term = (s @ term).div_(k + offset)
-        total += term
-    return total
-
-
-def expm_action(s: Tensor, x: Tensor, norm: float = MAX_LOG) -> Tensor:
-    """``exp(S) x`` by a fixed number of terms of the series of the action.
-
-    Args:
-        s: matrices (..., c, c).
-        x: vectors (..., c, 1).
-        norm: bound on the norm of ``s``.
-    """
-    return series(s, x, taylor_terms(norm, x.dtype), 0)
-
-
-def to_pixels(x: Tensor) -> Tensor:
-    """Reshape (B, C, H, W) to (B·H·W, C)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def from_pixels(pixels: Tensor, like: Tensor) -> Tensor:
-    """Reshape (B·H·W, C) to the shape (B, C, H, W) of ``like``."""
-    b, _, h, w = like.shape
-    return pixels.view(b, h, w, -1).permute(0, 3, 1, 2)
-
-
 class MatrixExpTransform(nn.Module):
     """``y = exp(S) x + t``, ``S`` a full c × c matrix per pixel, ``ladj = Σ tr S`` (Xiao & Liu 2020, Section 3.3)."""
 
@@ -171,19 +98,17 @@ class MatrixExpTransform(nn.Module):
 
     def _matrix_and_shift(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         s, t = raw.split([self.channels**2, self.channels], dim=1)
-        return to_pixels(self.matrix(s)).unflatten(1, (self.channels, self.channels)), t
+        return self.matrix(s), t
 
     def forward(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``y`` (B, C, H, W) and the sum of the traces."""
         s, t = self._matrix_and_shift(raw)
-        y = expm_action(s, to_pixels(x)[..., None], self.norm)[..., 0]
-        trace = s.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return from_pixels(y, x) + t, trace.view(x.shape[0], -1).sum(1)
+        return expm_of_pixels(s, x, self.norm) + t, s[:, :: self.channels + 1].sum((1, 2, 3))
 
     def inverse(self, y: Tensor, raw: Tensor) -> Tensor:
         """Return ``x`` by ``exp(−S)``."""
         s, t = self._matrix_and_shift(raw)
-        return from_pixels(expm_action(-s, to_pixels(y - t)[..., None], self.norm)[..., 0], y)
+        return expm_of_pixels(-s, y - t, self.norm)
 
 
 class LowRankExpTransform(nn.Module):
