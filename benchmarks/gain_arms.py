@@ -111,6 +111,7 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "axes": ({}, "axes"),  # flow mixup by a weight for each axis, the spread of the class kept
     "axes+standard": (STANDARD, "axes"),
     "axes-or-standard": (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # no image that was moved is RandAugmented
+    "spared": (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # its control: the same images spared, but none moved
     "mixup": ({}, None),
     "cutmix": ({}, None),
     "pixel": ({}, "pixel"),
@@ -119,15 +120,17 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "gaussian": ({}, "gaussian"),
 }
 MAIN_ARMS = ("nothing", "flow", "standard", "flow+standard")
-FIRST = ("flow+standard", "axes+standard", "axes-or-standard")  # the flow comes before transforms of single images
+CONTROL = "spared"
+FIRST = ("flow+standard", "axes+standard", "axes-or-standard", CONTROL)  # the flow before transforms of images
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
 OTHER_ORDER = ("standard+flow",)
-PER_AXIS = ("axes", "axes+standard", "axes-or-standard")
+PER_AXIS = ("axes", "axes+standard", "axes-or-standard", CONTROL)
 RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER + PER_AXIS)
 COMPETITORS = {  # arm to what the report holds against it: flow mixup by one weight, and by one for each axis
     **{arm: ("flow", "axes") for arm in RIVALS},
     "flow": (None, "axes"),
     "flow+standard": (None, "axes+standard"),
+    CONTROL: (None, "axes-or-standard"),
 }
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},

@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from gain_arms import ARMS, FIRST, Cell, Setup, flow_options, options_of
+from gain_arms import ARMS, CONTROL, FIRST, Cell, Setup, flow_options, options_of
 from rivals import create_augmentation
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def run(cell: Cell, setup: Setup) -> dict:
         return json.loads(path.read_text())
     args, sets = options_of(cell, setup), load_sets(setup.dataset, cell.size, cell.seed, setup.held_out)
     args.checkpoint = lite0_weights() if cell.classifier == "lite0" else None
-    transform, work = create_transform(cell, setup, sets[0]), train_on_copies if cell.arm in FIRST else train
+    on_copies = functools.partial(train_on_copies, unmoved=cell.arm == CONTROL)
+    transform, work = create_transform(cell, setup, sets[0]), on_copies if cell.arm in FIRST else train
     result = work(args, sets, transform, path.with_suffix(""), " ".join(map(str, cell)))
     write_json(path, {**cell._asdict(), **result, "options": identity(cell, setup)})
     return result
@@ -124,12 +126,17 @@ def create_transform(cell: Cell, setup: Setup, train_set: ImageDataset):
     return create_augmentation(kind, find_flow(cell, setup), train_set, seed=cell.seed, **options)
 
 
-def train_on_copies(args: argparse.Namespace, sets, transform, folder: Path, name: str) -> dict:
-    """Let the flow move the images first, a copy for each pass over them, and train on the copies."""
+def train_on_copies(args: argparse.Namespace, sets, transform, folder: Path, name: str, *, unmoved: bool) -> dict:
+    """Let the flow move the images first, a copy for each pass over them, and train on the copies.
+
+    With ``unmoved`` the copies have the pixels of the originals, and only what is done to those that moved differs.
+    """
     train_set, judged = sets
     began, passes = time.perf_counter(), math.ceil(args.steps * args.batch_size / len(train_set))
     args.flow_aug_copies = passes
     copies = create_copies(args, train_set, transform, (train_set.channels, args.img_size, args.img_size))
+    if unmoved:
+        copies.pixels = passes * [np.asarray(train_set.image(i)) for i in range(len(train_set))]
     seconds = time.perf_counter() - began
     result, extra = train(args, (copies, judged), None, folder, name), 1000 * seconds / (passes * len(train_set))
     dearer = {time: result[time] + extra for time in ("augment_ms", "step_ms")}

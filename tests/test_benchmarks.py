@@ -91,8 +91,8 @@ def test_the_plan_has_every_cell_once_and_few_images_first(benchmark):
     plan = arms.cells(arms.FULL, [0, 1, 2, 3, 4])
     assert len(plan) == len(set(plan))
     count = {name: sum(cell.classifier == name for cell in plan) for name in arms.FULL.classifiers}
-    main, whole = 3 * 7 * 5, 4 * 3  # sizes, arms, seeds
-    rivals, other_order, pooled = 3 * 6 * 5, 3 * 5, 2 * 7 * 5
+    main, whole = 3 * 8 * 5, 4 * 3  # sizes, arms, seeds
+    rivals, other_order, pooled = 3 * 6 * 5, 3 * 5, 2 * 8 * 5
     assert count.pop("resnet18_pooled") == pooled
     assert count == {"swin": main + rivals + whole, "resnet18": main + whole, "lite0": main + other_order + whole}
     assert {cell.size for cell in plan[: -3 * whole]} == {"20", "100", "500"}
@@ -112,6 +112,24 @@ def test_arms_of_a_seed_begin_alike_and_see_one_order(benchmark, smoke):
     other = made.pop(("nothing", 1))
     assert all(torch.equal(a, b) for values in made.values() for a, b in zip(first, values, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_the_control_spares_the_same_images_and_moves_none(benchmark, smoke, monkeypatch):
+    run, arms = benchmark("gain_run"), benchmark("gain_arms")
+    copies = {}
+    facts = {"top1": 0.0, "augment_ms": 0.0, "step_ms": 0.0}
+    for arm in ("axes-or-standard", arms.CONTROL):
+        monkeypatch.setattr(run, "train", lambda args, sets, *_, arm=arm: copies.update({arm: sets[0]}) or facts)
+        run.run(arms.Cell("tiny", "8", arm, 0), smoke)
+    ours, control = copies.values()
+    originals = run.load_sets(smoke.dataset, "8", 0, None)[0]
+    count = len(originals)
+    assert control.moved == ours.moved
+    assert 0 < sum(control.moved) < len(control.moved)
+    for place, pixels in enumerate(control.pixels):
+        original = np.asarray(originals.image(place % count))
+        assert np.array_equal(pixels, original)
+        assert ours.moved[place] != np.array_equal(ours.pixels[place], original)
 
 
 def test_held_out_images_are_training_images_that_the_subset_has_not(benchmark):
