@@ -1,8 +1,6 @@
 """Tables and picture of ``augmentation_gain.py``: means, paired differences and their 95 % intervals."""
 
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from gain_arms import ARMS, COMPETITORS, Cell, Setup, base_of
 from gain_run import result_path
 
 from flowaug.checkpoint import write_atomic
+from flowaug.host import machine_name
 from flowaug.plots import intervals
 
 HEADER = (
@@ -90,7 +89,7 @@ def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) ->
     groups = list(dict.fromkeys(cell[:2] for cell in results))
     tables = "\n\n".join(table(results, *group, setup) for group in groups)
     seeds = ", ".join(map(str, sorted({cell.seed for cell in results})))
-    machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"
+    machine = f"{machine_name()}, {torch.get_num_threads()} threads"
     picture = draw(results, groups, path.with_suffix(".png"))
     text = f"""# What flow mixup adds to a classifier on {setup.dataset}
 

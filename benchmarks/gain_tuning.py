@@ -2,7 +2,6 @@
 
 import functools
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ from gain_arms import Cell, Setup
 from gain_run import run
 
 from flowaug.checkpoint import write_atomic, write_json
+from flowaug.host import machine_name
 
 GRID = {  # arm to setting to candidates beside the one in use; one setting after another, the best is kept
     "flow": {"kld_weight": (100.0, 1000.0), "hidden": (48,), "p": (1.0,), "alpha": (0.3,), "rank": (16,)},
@@ -81,7 +81,7 @@ def table(rows: list[tuple], setup: Setup, command: str) -> str:
     steps = setup.length or setup.steps[classifier][size]
     return f"""# Settings chosen without the test images
 
-`{command}`, {time.strftime("%Y-%m-%d")}, {platform.machine()}. {classifier} on {size} images of each class of
+`{command}`, {time.strftime("%Y-%m-%d")}, {machine_name()}. {classifier} on {size} images of each class of
 {setup.dataset}, {steps} steps, judged by at most {setup.held_out} other training images; mean accuracy in percent over
 the subsets {", ".join(map(str, SEEDS))}, which no reported run uses. One setting after another, the best kept.
 

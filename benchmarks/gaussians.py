@@ -13,8 +13,6 @@ import argparse
 import datetime
 import json
 import math
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -26,6 +24,7 @@ import torch
 from flowaug.estimators import fpi
 from flowaug.estimators.balance import Balance
 from flowaug.estimators.fpi import VARIANCE_BOUNDS, make_balance
+from flowaug.host import machine_name
 from flowaug.moments import ClassMoments
 
 BOTH, MEANS = ("mean", "variance"), ("mean",)
@@ -178,7 +177,7 @@ def report(max_steps: int) -> str:
     threads = torch.get_num_threads()
     return f"""# Solvers of the class Gaussians
 
-`python benchmarks/gaussians.py`, {datetime.date.today()}, {_processor()}, {threads} threads, torch
+`python benchmarks/gaussians.py`, {datetime.date.today()}, {machine_name()}, {threads} threads, torch
 {torch.__version__}. Random statistics (means of spread 0.5, variances in [0.3, 1.2]), α = 10, π = pair, variance
 bounds {VARIANCE_BOUNDS}, tolerance 1e-4 on the residual.
 
@@ -207,15 +206,6 @@ below.
 
 {table(["(K, K, D) float32, ms", "ours, ms", "faster by", "largest difference of the sweep"], [peer])}
 """
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ of its start; a run is started again after every kill, and the bytes of its fina
 """
 
 import argparse
-import platform
 import random
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from flowaug.host import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 EARLY, START, AFTER = 0.3, 12.0, 1.5  # share of kills during the start; its seconds; seconds after a state
@@ -96,7 +97,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     args.output.write_text(f"""# Killed and resumed
 
-`python benchmarks/kill_and_resume.py`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()}
+`python benchmarks/kill_and_resume.py`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()}
 threads, torch {torch.__version__}, seed {args.seed}. Every run is killed with SIGKILL at random moments and started
 again with the same command.
 

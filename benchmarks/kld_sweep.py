@@ -9,13 +9,13 @@ Gaussians differs.
 import argparse
 import json
 import math
-import platform
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from flowaug.host import machine_name
 from flowaug.plots import curves
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def table(results: dict[str, dict], steps: int) -> str:
     rows = "\n".join(row(name, metrics) for name, metrics in results.items())
     return f"""# Separation against likelihood on Fashion-MNIST
 
-`{COMMAND}`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, one thread, seed 0.
+`{COMMAND}`, {time.strftime("%Y-%m-%d")}, {machine_name()}, one thread, seed 0.
 `mef_tiny`, affine couplings, bfloat16 conditioners, {steps} steps of 256 on all 60,000 images; numbers on the 10,000
 test images. "solve": iterations of the one solve for the class Gaussians after 50 steps.
 

@@ -9,7 +9,6 @@ process held before it (Python, torch, weights). The C library returns freed blo
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from flowaug import create_flow
+from flowaug.host import machine_name
 
 FORMS = {"kept": (None, False), "recomputed": (None, True), "recomputed, bfloat16": (torch.bfloat16, True)}
 RETURNS = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed tensors go back to the system at once: what is live is seen
@@ -73,7 +73,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     args.output.write_text(f"""# Memory of a training step
 
-`python benchmarks/memory.py`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads,
+`python benchmarks/memory.py`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()} threads,
 torch {torch.__version__}. `mef_base` at 32×32×3, batch {args.batch}, forward and backward pass; peak of the process
 beyond what it held before the step (the gradients, 0.16 GiB, are in it).
 

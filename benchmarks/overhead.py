@@ -8,7 +8,6 @@ gradient accumulation would. Weights are random: they change no time.
 """
 
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import timm
 import torch
 
 from flowaug import ClasswisePCA, FlowMixupTransform, create_flow, mix_latents
+from flowaug.host import machine_name
 
 MODELS = ("swin_tiny_patch4_window7_224", "eva02_base_patch14_448")
 CLASSES, RANK, MICRO = 1000, 32, 8
@@ -85,7 +85,7 @@ def share_of_mixing(transform: FlowMixupTransform, repeats: int) -> tuple[float,
 def report(rows: list[str], repeats: int, mixing: float, share: float) -> str:
     return f"""# Cost of flow mixup in a training step
 
-`python benchmarks/overhead.py`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads,
+`python benchmarks/overhead.py`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()} threads,
 torch {torch.__version__}, float32. Flow `mef_small` at 32×32×3, K = {CLASSES}, R = {RANK}, p = 0.5; medians of
 up to {repeats} pairs; steps run in micro-batches of {MICRO}.
 

@@ -15,8 +15,6 @@ import argparse
 import functools
 import hashlib
 import json
-import os
-import platform
 import re
 import shlex
 import sys
@@ -43,7 +41,7 @@ from flowaug.cli_options import identity
 from flowaug.data import ImageDataset, load_dataset, stack_images
 from flowaug.fitting import ImageTable
 from flowaug.generation import rfcm, sample
-from flowaug.host import keep_freed_memory
+from flowaug.host import keep_freed_memory, machine_name
 from flowaug.metrics import cnn_accuracy, coverage, density, features, fid, label_reliability
 from flowaug.oracle import Oracle, small_oracle
 
@@ -159,7 +157,7 @@ def report(results: dict[Draw, dict], judge: str, args: argparse.Namespace, comm
     failed = [f"{draw}: {values['failed']}" for draw, values in results.items() if "failed" in values]
     return f"""# The papers' tables on {args.dataset}
 
-`{command}`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()}
+`{command}`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()}
 threads, seed {args.seed}. Flows of `kld_sweep.py`; {args.per_class} images drawn of each class, against the test set.
 CNN-A: {args.cnn}, {args.cnn_steps} steps of 128 drawn images. Features and labels are judged by {judge}.
 Percent, but for FID, density and bits/dim. What the papers publish is of other images, flows and features: it orients,

@@ -9,7 +9,6 @@ images of 16×16, in float32 and in bfloat16, measured in the same turns; a trai
 """
 
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowaug import create_flow
-from flowaug.host import keep_freed_memory
+from flowaug.host import keep_freed_memory, machine_name
 from tests import literal_flow
 
 SHAPES = {"mef_tiny": (1, 28, 28), "mef_small": (3, 32, 32), "mef_base": (3, 32, 32)}
@@ -203,7 +202,7 @@ def main() -> None:
             print(*lines, sep="\n", flush=True)
     args.output.write_text(f"""# Speed of the flow engine
 
-`python -m benchmarks.throughput`, {time.strftime("%Y-%m-%d")}, {platform.machine()}, {torch.get_num_threads()} threads,
+`python -m benchmarks.throughput`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()} threads,
 torch {torch.__version__}. Images per second; matrix-exponential couplings; weights are random. In the last column: the
 share of the roofline that encode / decode / encode + decode / training step reach.
 

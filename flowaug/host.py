@@ -1,10 +1,14 @@
-"""What a training script asks of the machine."""
+"""What a script asks of the machine."""
 
 import ctypes
+import os
+import platform
 import sys
+from pathlib import Path
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
 _KEEP = 2**30
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def keep_freed_memory() -> bool:
@@ -20,3 +24,19 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(_MMAP_THRESHOLD, _KEEP) and mallopt(_TRIM_THRESHOLD, _KEEP))
+
+
+def machine_name() -> str:
+    """Processor and number of its cores, for reports: "AMD EPYC, 2 cores"; with AMX if it multiplies tiles."""
+    lines = dict(_cpuinfo())
+    name = lines.get("model name") or platform.processor() or platform.machine()
+    amx = " with AMX" if "amx_bf16" in lines.get("flags", "").split() else ""
+    return f"{name}{amx}, {os.cpu_count()} cores"
+
+
+def _cpuinfo() -> list[tuple[str, str]]:
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return []
+    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
