@@ -22,8 +22,7 @@ from flowaug.bijections import (
     TokenCoupling,
 )
 from flowaug.bijections.coupling import LowRankExpTransform, MatrixExpTransform
-from flowaug.bijections.expm import expm_action, series
-from flowaug.bijections.linear import expm
+from flowaug.bijections.expm import expm, expm_action, series
 from flowaug.bijections.tokens import PATTERNS, halves_first, pattern_mask
 from flowaug.nn import ConvConditioner, PlainConditioner, TransformerConditioner
 from tests.oracles import jacobian_ladj

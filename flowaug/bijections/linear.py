@@ -7,50 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowaug.bijections.base import Bijection
-
-SQUARINGS, TERMS = 8, 12  # exact to float64 rounding for every matrix of norm up to 2^8 / 2
-
-
-def _series(matrix: Tensor) -> Tensor:
-    scaled = matrix * 2.0**-SQUARINGS
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    result = eye + scaled / TERMS
-    for k in range(TERMS - 1, 0, -1):
-        result = eye + scaled @ result / k
-    for _ in range(SQUARINGS):
-        result = result @ result
-    return result
-
-
-class _Expm(torch.autograd.Function):
-    """The derivative along G is the corner of ``exp([[M, G], [0, M]])`` (Van Loan 1978); its adjoint has Mᵀ for M."""
-
-    @staticmethod
-    def forward(ctx, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(matrix)
-        return _series(matrix)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (matrix,) = ctx.saved_tensors
-        size = grad.abs().amax().clamp(min=torch.finfo(grad.dtype).tiny)  # linear in G: keep the series in its range
-        transposed, n = matrix.mT, matrix.shape[-1]
-        upper = torch.cat([transposed, grad / size], -1)
-        lower = torch.cat([torch.zeros_like(matrix), transposed], -1)
-        return _series(torch.cat([upper, lower], -2))[..., :n, n:] * size
-
-
-def expm(matrix: Tensor) -> Tensor:
-    """Matrix exponential in float64 with a fixed number of operations: no norm is read back, so nothing syncs.
-
-    Args:
-        matrix: (..., n, n), of norm up to about 100.
-
-    Returns:
-        ``exp(matrix)`` (..., n, n) in float64.
-    """
-    return _Expm.apply(matrix.double())
+from flowaug.bijections.expm import expm
 
 
 def random_rotation(n: int) -> Tensor:
