@@ -39,7 +39,7 @@ from flowaug.streams import StreamDataset, count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
 
 INIT_BATCH = 512
-DECAY_SHARE = 0.4
+ANNEAL_SHARE = 0.4
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,7 +65,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
     if args.lr_schedule == "halving":
         return args.lr * warm * 0.5 ** (3 * step // args.steps)
-    return args.lr * min(warm, (args.steps - step) / ((args.decay_share or DECAY_SHARE) * args.steps))
+    return args.lr * min(warm, (args.steps - step) / ((args.anneal_share or ANNEAL_SHARE) * args.steps))
 
 
 def load_sets(args: argparse.Namespace, accelerator: Accelerator) -> dict:
@@ -83,10 +83,10 @@ def check_schedule(args: argparse.Namespace) -> None:
     """Raise a ValueError for options about the course of the training that cannot be."""
     if args.swa_from is not None and args.swa_from >= args.steps:
         raise ValueError(f"--swa-from {args.swa_from} is never reached in {args.steps} steps; choose an earlier step")
-    if args.decay_share is not None and args.lr_schedule != "linear":
-        raise ValueError(f"--lr-schedule {args.lr_schedule} has no --decay-share; leave one of them out")
-    if args.decay_share is not None and not 0 < args.decay_share <= 1:
-        raise ValueError(f"--decay-share is {args.decay_share}; expected more than 0 and at most 1")
+    if args.anneal_share is not None and args.lr_schedule != "linear":
+        raise ValueError(f"--lr-schedule {args.lr_schedule} has no --anneal-share; leave one of them out")
+    if args.anneal_share is not None and not 0 < args.anneal_share <= 1:
+        raise ValueError(f"--anneal-share is {args.anneal_share}; expected more than 0 and at most 1")
 
 
 def load_tables(args: argparse.Namespace, sets: dict, accelerator: Accelerator) -> list[ImageTable]:

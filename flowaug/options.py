@@ -126,7 +126,7 @@ def _add_flow_training_options(parser) -> None:
         help="linear: constant, then to zero at the end; halving: by half after 1/2, 3/4, 7/8 of the steps",
     )
     training.add_argument(
-        "--decay-share", type=float, help="linear: share of the steps, the last ones, in which it falls to zero (0.4)"
+        "--anneal-share", type=float, help="linear: share of the steps, the last ones, in which it falls to zero (0.4)"
     )
     training.add_argument("--ema-decay", type=float, default=0.998, help="decay of the averaged weights that are saved")
     training.add_argument("--swa-from", type=int, help="step from which the saved weights are the plain mean instead")

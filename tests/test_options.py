@@ -36,8 +36,8 @@ def test_options_that_disagree_end_before_any_work(options, message, tmp_path):
     [
         (["--init-from", "digits", "--model", "jet_tiny"], "decides --model"),
         (["--init-from", "nothing"], "no flow at"),
-        (["--decay-share", "1.5"], "--decay-share is 1.5; expected more than 0"),
-        (["--decay-share", "0.5", "--lr-schedule", "halving"], "--lr-schedule halving has no --decay-share"),
+        (["--anneal-share", "1.5"], "--anneal-share is 1.5; expected more than 0"),
+        (["--anneal-share", "0.5", "--lr-schedule", "halving"], "--lr-schedule halving has no --anneal-share"),
         (["--swa-from", "800", "--steps", "800"], "--swa-from 800 is never reached in 800 steps"),
     ],
 )

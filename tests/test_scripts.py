@@ -210,7 +210,7 @@ def test_rates_of_a_flow():
     args = train_flow.parse_args(["--lr", "8", "--steps", "30", "--warmup-steps", "2"])
     linear = [train_flow.learning_rate(step, args) for step in (0, 1, 17, 18, 24, 29)]
     assert linear == pytest.approx([4, 8, 8, 8, 4, 8 / 12])
-    args.decay_share = 1.0
+    args.anneal_share = 1.0
     assert [train_flow.learning_rate(step, args) for step in (0, 1, 15)] == pytest.approx([4, 8 * 29 / 30, 4])
     args.lr_schedule = "halving"
     assert [train_flow.learning_rate(step, args) for step in (0, 9, 10, 19, 20, 29)] == [4, 8, 4, 4, 2, 2]
