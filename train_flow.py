@@ -27,7 +27,7 @@ from flowaug.host import keep_freed_memory
 from flowaug.inherit import inherited_options, start_from
 from flowaug.loaders import batches, endless_batches
 from flowaug.moments import ClassMoments
-from flowaug.optimizers import create_optimizer
+from flowaug.optimizers import flow_optimizer
 from flowaug.options import flow_parser
 from flowaug.plan import flow_plan
 from flowaug.recipes import deciding_options, load_split, parse_with_recipe
@@ -184,7 +184,7 @@ class Training:
         self.flow = flow.to(self.device)
         self.averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
         flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute, args.torchcompile)
-        self.optimizer = create_optimizer(flow, args.opt, args.lr)
+        self.optimizer = flow_optimizer(flow, args.opt, args.lr)
         self.log = MetricsLog(args.output, self.main, start_tracking(accelerator, "train_flow", recipe_of(args)))
         self.schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
         parts = (flow, self.averaged, self.optimizer, self.log, self.schedule)

@@ -102,6 +102,7 @@ CLASSIFIERS = {  # learning rates are those of the recipes, for batches of 64; d
 }
 STANDARD = _of_recipe("swin_cifar10", "scale", "ratio", "hflip", "aa", "reprob")
 NO_CROP = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
+CONTROL = "spared"
 ARMS = {  # name to timm's options and the augmentation of the batch, if there is one
     "nothing": ({}, None),
     "flow": ({}, "flow"),
@@ -111,7 +112,7 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "axes": ({}, "axes"),  # flow mixup by a weight for each axis, the spread of the class kept
     "axes+standard": (STANDARD, "axes"),
     "axes-or-standard": (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # no image that was moved is RandAugmented
-    "spared": (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # its control: the same images spared, but none moved
+    CONTROL: (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # its control: the same images spared, but none moved
     "mixup": ({}, None),
     "cutmix": ({}, None),
     "pixel": ({}, "pixel"),
@@ -120,7 +121,6 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "gaussian": ({}, "gaussian"),
 }
 MAIN_ARMS = ("nothing", "flow", "standard", "flow+standard")
-CONTROL = "spared"
 FIRST = ("flow+standard", "axes+standard", "axes-or-standard", CONTROL)  # the flow before transforms of images
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
 OTHER_ORDER = ("standard+flow",)

@@ -28,15 +28,15 @@ def keep_freed_memory() -> bool:
 
 def machine_name() -> str:
     """Processor and number of its cores, for reports: "AMD EPYC, 2 cores"; with AMX if it multiplies tiles."""
-    lines = dict(_cpuinfo())
+    lines = _cpuinfo()
     name = lines.get("model name") or platform.processor() or platform.machine()
     amx = " with AMX" if "amx_bf16" in lines.get("flags", "").split() else ""
     return f"{name}{amx}, {os.cpu_count()} cores"
 
 
-def _cpuinfo() -> list[tuple[str, str]]:
+def _cpuinfo() -> dict[str, str]:
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
-        return []
-    return [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

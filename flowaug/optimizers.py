@@ -10,7 +10,7 @@ OPTIMIZERS = ("adamax", "muon")
 ADAM_SHARE = 0.3  # of Muon's learning rate, for the parameters that Adam takes beside it
 
 
-def create_optimizer(flow: nn.Module, opt: str, lr: float) -> torch.optim.Optimizer:
+def flow_optimizer(flow: nn.Module, opt: str, lr: float) -> torch.optim.Optimizer:
     """Optimiser of all parameters of a flow.
 
     Args:

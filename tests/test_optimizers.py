@@ -3,7 +3,7 @@ import torch
 
 from flowaug import create_flow
 from flowaug.nn import ScaledConv2d
-from flowaug.optimizers import OPTIMIZERS, create_optimizer
+from flowaug.optimizers import OPTIMIZERS, flow_optimizer
 from flowaug.state import load_state, save_state
 
 SHAPES = {"mef_tiny": (1, 8, 8), "jet_tiny": (1, 8, 8), "vector_tiny": (6,)}
@@ -32,7 +32,7 @@ def take_steps(flow, optimizer, seeds):
 def test_every_parameter_moves(name, opt):
     flow = flow_of(name)
     before = {key: p.detach().clone() for key, p in flow.named_parameters()}
-    take_steps(flow, create_optimizer(flow, opt, 0.01), [0, 1])
+    take_steps(flow, flow_optimizer(flow, opt, 0.01), [0, 1])
     assert [key for key, p in flow.named_parameters() if torch.equal(p, before[key])] == []
     assert all(p.isfinite().all() for p in flow.parameters())
 
@@ -41,7 +41,7 @@ def test_muon_moves_weights_of_conditioners_in_orthogonal_directions_only():
     flow = flow_of()
     layers = {name: m.weight.detach().clone() for name, m in flow.named_modules() if isinstance(m, ScaledConv2d)}
     logs = {name: p.detach().clone() for name, p in flow.named_parameters() if name.endswith("log_weight")}
-    take_steps(flow, create_optimizer(flow, "muon", 0.01), [0])
+    take_steps(flow, flow_optimizer(flow, "muon", 0.01), [0])
     for name, weight in layers.items():
         values = torch.linalg.svdvals((flow.get_submodule(name).weight.detach() - weight).flatten(1))
         assert values.max() < 3 * values.median(), name  # a gradient's own spread over magnitudes
@@ -54,11 +54,11 @@ def test_muon_moves_weights_of_conditioners_in_orthogonal_directions_only():
 @pytest.mark.parametrize("opt", OPTIMIZERS)
 def test_a_saved_optimizer_goes_on_to_the_same_weights(tmp_path, opt):
     straight, cut = flow_of(), flow_of()
-    take_steps(straight, create_optimizer(straight, opt, 0.01), range(5))
-    optimizer = create_optimizer(cut, opt, 0.01)
+    take_steps(straight, flow_optimizer(straight, opt, 0.01), range(5))
+    optimizer = flow_optimizer(cut, opt, 0.01)
     take_steps(cut, optimizer, range(3))
     save_state(tmp_path / "state", optimizer.state_dict())
-    optimizer = create_optimizer(cut, opt, 0.01)
+    optimizer = flow_optimizer(cut, opt, 0.01)
     optimizer.load_state_dict(load_state(tmp_path / "state"))
     take_steps(cut, optimizer, [3, 4])
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), cut.parameters(), strict=True))
