@@ -8,46 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def in_compiled_inference() -> bool:
-    """Whether ``torch.compile`` traces this without gradients: what it fuses on a CPU wants formulas of its own."""
-    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
-
-
-def _elu(x: Tensor) -> Tensor:
-    if in_compiled_inference():
-        return x.relu() + ((-x).relu().neg().exp() - 1)
-    return x.clamp(max=0).exp_().sub_(1).clamp_min_(x)
-
-
-class _ELU(torch.autograd.Function):
-    """``max(x, exp(min(x, 0)) − 1)``; the derivative is read off the output, which the next layer keeps anyway.
-
-    PyTorch's CPU kernel evaluates ``expm1`` for every element and takes several times as long.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        out = _elu(x)
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, *ctx.saved_tensors)
-
-
-def elu(x: Tensor) -> Tensor:
-    """Exponential linear unit (Clevert et al. 2016) of a tensor of any shape."""
-    return _ELU.apply(x) if torch.is_grad_enabled() else _elu(x)
-
-
-def tanh(x: Tensor) -> Tensor:
-    """Hyperbolic tangent of a tensor of any shape."""
-    if in_compiled_inference():
-        return 1 - 2 / ((2 * x).exp() + 1)
-    return x.tanh()
-
+from flowaug.activations import elu
 
 LINEAR_BACKEND = "onednn"  # float32 on a CPU: by oneDNN's 1×1 convolution, on AMD up to twice as fast as "blas"
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from flowaug import list_flows, load_flow, nn, save_flow
+from flowaug import activations, list_flows, load_flow, save_flow
 from flowaug.bijections import expm
 from flowaug.bijections.base import Piecewise
 from flowaug.bijections.expm import expm_of_pixels
 from flowaug.data import load_dataset, stack_images
+from flowaug.freeze import _fused_products
 from tests.test_architectures import events, narrow_flow
 
 
@@ -127,20 +128,47 @@ def test_compiled_couplings(monkeypatch):
             torch.testing.assert_close(frozen.decode(flow.encode(x)[0]), x, rtol=0, atol=1e-10)
 
 
+def test_products_are_fused_unless_the_user_chose(monkeypatch):
+    from torch._inductor import config
+
+    name = "enable_floating_point_contract_flag"
+    for chosen, expected in (("off", {f"cpp.{name}": "fast"}), ("on", {})):
+        monkeypatch.setattr(config.cpp, name, chosen, raising=False)
+        assert _fused_products() == expected
+    monkeypatch.delattr(config.cpp, name)
+    assert _fused_products() == {}
+
+
 def test_formulas_of_the_compiled_form(monkeypatch):
     x = torch.cat([torch.linspace(-40, 40, 999, dtype=torch.float64), torch.tensor([0.0, -0.0, 1e3, -1e3])])
     x = torch.cat([x, torch.tensor([float("inf"), float("-inf"), float("nan")], dtype=torch.float64)])
     torch.manual_seed(9)
     s, v = torch.randn(2, 9, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     s = s / s.abs().sum(1, keepdim=True)
-    plain = nn.elu(x), nn.tanh(x), expm_of_pixels(s, v, 2.0)
+    plain = activations.elu(x), activations.tanh(x), expm_of_pixels(s, v, 2.0)
     used = []
-    for module in (nn, expm):
+    for module in (activations, expm):
         monkeypatch.setattr(module, "in_compiled_inference", lambda: used.append(1) or True)
     with torch.no_grad():
-        fused = nn.elu(x), nn.tanh(x), expm_of_pixels(s, v, 2.0)
+        fused = activations.elu(x), activations.tanh(x), expm_of_pixels(s, v, 2.0)
     assert len(used) == 3
     torch.testing.assert_close(fused, plain, rtol=1e-13, atol=1e-15, equal_nan=True)
     literal = torch.matrix_exp(s.view(2, 3, 3, 4, 5).permute(0, 3, 4, 1, 2).contiguous())
     literal = literal @ v.permute(0, 2, 3, 1)[..., None]
     torch.testing.assert_close(fused[2], literal[..., 0].permute(0, 3, 1, 2), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_compiled_elu_of_every_bfloat16_number(monkeypatch):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    exact = torch.nn.functional.elu(x.double())
+    eager = activations.elu(x).double()
+    monkeypatch.setattr(activations, "in_compiled_inference", lambda: True)
+    fused = activations.elu(x)
+    assert fused.dtype == torch.bfloat16
+    assert not torch.equal(fused.double().nan_to_num(), eager.nan_to_num())  # it is the formula
+    formula = (x.double() ** 4 / 12288).clamp(max=6e-4) + 1e-6  # 1e-6: float32 near 1
+    bound = formula + 2**-8 * exact.abs()  # and half the gap between two bfloat16 numbers
+    outside = (fused.double() - exact).abs() > bound.where(exact < 0, 0 * exact)
+    assert not outside.any(), x[outside]
+    assert torch.equal(fused.isnan(), exact.isnan())

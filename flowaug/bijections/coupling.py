@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flowaug.activations import tanh
 from flowaug.bijections.base import Conditioned
 from flowaug.bijections.expm import MAX_LOG, expm_of_pixels, from_pixels, series, taylor_terms, to_pixels
-from flowaug.nn import tanh
 
 CACHE = 2**19  # activations that one layer of a conditioner may have at a time on a CPU: 2 MiB in float32
 KEEP = 4  # times as many where all activations are kept for a backward pass, and the cache is lost anyway

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flowaug.nn import in_compiled_inference
+from flowaug.activations import in_compiled_inference
 
 MAX_LOG = 2.0  # bound on every log-scale of a coupling, and on the norm of every matrix that it exponentiates
 SQUARINGS, TERMS = 8, 12  # exact to float64 rounding for every matrix of norm up to 2^8 / 2
