@@ -2,6 +2,7 @@
 
     pip install .[dev] && python -m benchmarks.throughput  # about 20 minutes on two cores; writes throughput.md
     python -m benchmarks.throughput --flows mef_small --batches 64 --no-compile
+    git clone https://github.com/changyi7231/MEF && python -m benchmarks.throughput --authors MEF
 
 Everything of one row runs in turn in one process, so that a slow moment of the machine hits all columns; cells are
 medians. The roofline is the FLOPs of the flow's convolutions over the speed of one 128→128 3×3 convolution of 64
@@ -9,6 +10,7 @@ images of 16×16, in float32 and in bfloat16, measured in the same turns; a trai
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tests import literal_flow
 
 SHAPES = {"mef_tiny": (1, 28, 28), "mef_small": (3, 32, 32), "mef_base": (3, 32, 32)}
 GLOW = {"mef_small": (12, 160)}  # steps and width of the Glow of equal size, where there is one
+AUTHORS = {"mef_base": (8, (8, 4, 2), 128)}  # steps of each level, blocks of each, width: what the authors trained
 LARGEST = 1e12  # FLOPs of a batch beyond which only encode and decode are timed
 PATIENCE, MOST = 12, 9  # seconds and turns per row
 HEAD = "| flow | batch | form | encode | decode | encode + decode | training step | of roofline, each |"
@@ -103,6 +106,38 @@ def glow_work(x, steps: int, hidden: int) -> dict:
     return {k: torch.no_grad()(f) for k, f in passes.items()} | {"train": train}
 
 
+def authors_mef(clone: Path, shape, steps: int, blocks: tuple[int, ...], hidden: int):
+    """The flow in the code that Xiao & Liu released; its ``Model`` has as many blocks at every level, so set them."""
+    sys.path.insert(0, str(clone))
+    from models import nets
+
+    channels, size = shape[0], shape[1]
+    model = nets.Model(len(blocks), [steps] * len(blocks), "matrixexp", "matrixexp", 0, hidden, size, channels)
+    for level, depth in enumerate(blocks):
+        channels, size = channels * (4 if level == 0 else 2), size // 2
+        flows = (nets.Flow("matrixexp", "matrixexp", depth, channels, hidden, size) for _ in range(steps))
+        model.blocks[level] = nets.Sequential(*flows)
+    return model
+
+
+def authors_work(clone: Path, x, *sizes) -> dict:
+    model = authors_mef(clone, x.shape[1:], *sizes)
+    with torch.no_grad():
+        model(x, init=True)
+        z = model(x)[0]
+
+    def train():
+        z, ladj = model(x)
+        (z.square().sum((1, 2, 3)) / 2 - ladj).mean().backward()
+        model.zero_grad()
+
+    def both():
+        model(model(x)[0], reverse=True)
+
+    passes = {"encode": lambda: model(x), "decode": lambda: model(z, reverse=True), "both": both}
+    return {k: torch.no_grad()(f) for k, f in passes.items()} | {"train": train}
+
+
 @torch.no_grad()
 def check_compiled(frozen, x, z) -> None:
     """The real compiler's code computes the same: the tests trace the compiled form but do not compile it."""
@@ -144,7 +179,7 @@ def measure(forms: dict) -> dict:
     return medians | {("speed", name): flops / medians["conv", name] for name, (_, flops) in convs.items()}
 
 
-def rows(name: str, batch: int, compiled: bool) -> list[str]:
+def rows(name: str, batch: int, compiled: bool, authors: Path | None) -> list[str]:
     """Lines of the table for one flow and one batch."""
     flow = create_flow(name, event_shape=SHAPES[name], num_classes=10)
     generator = torch.Generator().manual_seed(0)
@@ -153,6 +188,8 @@ def rows(name: str, batch: int, compiled: bool) -> list[str]:
     flops, forms = convolution_flops(flow), forms_of(flow, x, compiled)
     if name in GLOW:
         forms["normflows Glow"] = glow_work(x, *GLOW[name])
+    if authors and name in AUTHORS:
+        forms["authors' code"] = authors_work(authors, x, *AUTHORS[name])
     if batch * flops > LARGEST:
         forms = {form: {k: f for k, f in passes.items() if k in ("encode", "decode")} for form, passes in forms.items()}
     times, lines = measure(forms), []
@@ -191,6 +228,7 @@ def main() -> None:
     parser.add_argument("--flows", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=(8, 64, 256))
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled forms out")
+    parser.add_argument("--authors", type=Path, help="clone of github.com/changyi7231/MEF, to time beside mef_base")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     args = parser.parse_args()
     keep_freed_memory()
@@ -198,7 +236,7 @@ def main() -> None:
     for name in args.flows:
         for batch in args.batches:
             compiled = not args.no_compile and batch == 64  # every batch size is compiled for anew
-            table += (lines := rows(name, batch, compiled))
+            table += (lines := rows(name, batch, compiled, args.authors))
             print(*lines, sep="\n", flush=True)
     args.output.write_text(f"""# Speed of the flow engine
 
