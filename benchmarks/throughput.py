@@ -27,6 +27,7 @@ GLOW = {"mef_small": (12, 160)}  # steps and width of the Glow of equal size, wh
 AUTHORS = {"mef_base": (8, (8, 4, 2), 128)}  # steps of each level, blocks of each, width: what the authors trained
 LARGEST = 1e12  # FLOPs of a batch beyond which only encode and decode are timed
 PATIENCE, MOST = 12, 9  # seconds and turns per row
+PEER = "The authors' code is github.com/changyi7231/MEF at the sizes of mef_base; it is let keep freed memory as well."
 HEAD = "| flow | batch | form | encode | decode | encode + decode | training step | of roofline, each |"
 
 
@@ -240,9 +241,10 @@ def main() -> None:
             print(*lines, sep="\n", flush=True)
     args.output.write_text(f"""# Speed of the flow engine
 
-`python -m benchmarks.throughput`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()} threads,
-torch {torch.__version__}. Images per second; matrix-exponential couplings; weights are random. In the last column: the
-share of the roofline that encode / decode / encode + decode / training step reach.
+`python -m benchmarks.throughput{" --authors MEF" if args.authors else ""}`, {time.strftime("%Y-%m-%d")},
+{machine_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}. Images per second; matrix-exponential
+couplings; weights are random. In the last column: the share of the roofline that encode / decode / encode + decode /
+training step reach. {PEER if args.authors else ""}
 
 {HEAD}
 |---|---|---|---|---|---|---|---|
