@@ -132,11 +132,7 @@ def authors_work(clone: Path, x, *sizes) -> dict:
         (z.square().sum((1, 2, 3)) / 2 - ladj).mean().backward()
         model.zero_grad()
 
-    def both():
-        model(model(x)[0], reverse=True)
-
-    passes = {"encode": lambda: model(x), "decode": lambda: model(z, reverse=True), "both": both}
-    return {k: torch.no_grad()(f) for k, f in passes.items()} | {"train": train}
+    return inference(model, lambda z: model(z, reverse=True), x, z) | {"train": train}
 
 
 @torch.no_grad()

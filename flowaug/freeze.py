@@ -150,7 +150,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _fused_products() -> dict[str, str]:
-    """Compiler option: a product and the sum it goes into are one instruction; nothing where the user chose already."""
+    """Compiler option: a product and the sum it goes into are one instruction; nothing where the user set another."""
     from torch._inductor import config  # takes a second, and only compiled flows need it
 
     name = "enable_floating_point_contract_flag"
