@@ -10,7 +10,6 @@ recipe.
 """
 
 import argparse
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -20,12 +19,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from flowaug import create_flow
-from flowaug.classifier import train_transform
-from flowaug.data import create_loader
-from flowaug.fitting import AveragedFlow, ImageTable, evaluate, fit_pca, random_hflip, random_shift, reduced
+from flowaug.fitting import AveragedFlow, ImageTable, evaluate, fit_pca, reduced
 from flowaug.host import keep_freed_memory
 from flowaug.inherit import inherited_options, start_from
-from flowaug.loaders import batches, endless_batches
 from flowaug.moments import ClassMoments
 from flowaug.optimizers import flow_optimizer
 from flowaug.options import flow_parser
@@ -37,6 +33,7 @@ from flowaug.shardlists import is_shards
 from flowaug.state import Run, sole_writer
 from flowaug.streams import StreamDataset, count_skipped
 from flowaug.trackers import create_accelerator, start_tracking
+from flowaug.views import augment, crops, training_batches
 
 INIT_BATCH = 512
 ANNEAL_SHARE = 0.4
@@ -99,49 +96,11 @@ def load_tables(args: argparse.Namespace, sets: dict, accelerator: Accelerator) 
     ]
 
 
-def training_batches(phases: list[tuple[torch.Tensor | None, int]], dataset, table: ImageTable, args, start: int):
-    """Batches of every phase (images, steps) in turn, epoch by epoch, from step ``start`` on."""
-    for rows, steps in phases:
-        files = dataset.subset(rows) if rows is not None and crops(args) else dataset
-        part = table if rows is None else table.subset(rows)
-        yield from itertools.islice(every_epoch(files, part, args, start), max(0, steps - start))
-        start = max(0, start - steps)
-
-
-def every_epoch(dataset, table: ImageTable, args: argparse.Namespace, start: int):
-    """Shuffled batches, epoch after epoch, from step ``start`` on: from memory, or from files if timm is to crop."""
-    size, place = min(args.batch_size, len(table) // table.world_size), (table.rank, table.world_size)
-    if crops(args):
-        transform = train_transform(args.image_size, table.images.shape[1], args)
-        return endless_batches(
-            create_loader(dataset, transform, size, True, args.seed, args.workers, *place, drop_last=True), start
-        )
-    first, done = divmod(start, len(table) // table.world_size // size)
-    epochs = (
-        batches(table.images, table.targets, size, True, args.seed, epoch, True, *place)
-        for epoch in itertools.count(first)
-    )
-    return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
-
-
-def crops(args: argparse.Namespace) -> bool:
-    """Whether images go through timm's transform, as the classifier's do, rather than be shifted and mirrored here."""
-    return any(value is not None for value in (args.scale, args.ratio, args.aa, args.color_jitter))
-
-
-def augment(flow, x, args, generator):
-    """What the flow sees of an image in [0, 1] or uint8: shifted, mirrored, dequantised."""
-    x = x.float() / 255 if x.dtype == torch.uint8 else x
-    x = random_shift(x, args.shift, generator)
-    x = x if crops(args) else random_hflip(x, args.hflip, generator)
-    return flow.dequantise(x, generator)
-
-
 def initialise(flow, table: ImageTable, args: argparse.Namespace) -> None:
     """Data-dependent initialisation on the same images on every process."""
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(table), generator=generator)[:INIT_BATCH]
-    flow.initialise(augment(flow, table.images[chosen], args, generator))
+    flow.initialise(flow.dequantise(augment(table.images[chosen], args, generator), generator))
 
 
 def create(args: argparse.Namespace, dataset):
@@ -211,7 +170,8 @@ class Training:
         self.generator.manual_seed((self.args.seed << 40) + (step << 12) + self.accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.args)
-        x, y = augment(self.flow, x.to(self.device), self.args, self.generator), y.to(self.device)
+        x, y = augment(x.to(self.device), self.args, self.generator), y.to(self.device)
+        x = self.flow.dequantise(x, self.generator)
         loss = self.flow.bits_per_dim(self.model(x, y, self.args.posterior_weight)).mean()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)

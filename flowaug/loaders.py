@@ -56,6 +56,25 @@ def batches(
     return ((images[c.to(images.device)].float() / 255, labels[c.to(labels.device)]) for c in chunks)
 
 
+def endless_table(
+    images: torch.Tensor,
+    targets: torch.Tensor | np.ndarray,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless full, shuffled `batches`, epoch by epoch, from step ``start`` on; all images where there are fewer."""
+    share = len(images) // world_size
+    size = min(batch_size, share)
+    epoch, done = divmod(start, share // size)
+    epochs = (
+        batches(images, targets, size, True, seed, number, True, rank, world_size) for number in itertools.count(epoch)
+    )
+    return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
+
+
 def create_loader(
     dataset: ImageDataset,
     transform: Callable,

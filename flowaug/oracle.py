@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from flowaug.checkpoint import pack, write_atomic
 from flowaug.classifier import BatchPipeline
-from flowaug.data import ImageDataset, batches, stack_images
+from flowaug.data import ImageDataset, stack_images
 from flowaug.fitting import random_hflip, random_shift
+from flowaug.loaders import endless_table
 
 SMALL_MODEL, SMALL_STEPS, SMALL_BATCH = "test_resnet", 300, 64
 
@@ -178,7 +179,7 @@ def fit(
         smoothing: label smoothing.
     """
     model, generator = oracle.model.train().requires_grad_(True), torch.Generator().manual_seed(seed)
-    stream = _endless(images, torch.as_tensor(targets), batch_size, seed)
+    stream = endless_table(images, targets, batch_size, seed)
     for _ in tqdm(range(scheduler.total_steps), "training a classifier", leave=False, delay=2):
         x, y = next(stream)
         x = random_shift(x, max(images.shape[2:]) // 8, generator)
@@ -194,10 +195,3 @@ def fit(
 def _key(train: ImageDataset, *settings) -> str:
     named = json.dumps([train.fingerprint(), SMALL_MODEL, SMALL_BATCH, settings])
     return hashlib.sha256(named.encode()).hexdigest()[:12]
-
-
-def _endless(images: Tensor, targets: Tensor, batch_size: int, seed: int):
-    size, epoch = min(batch_size, len(images)), 0
-    while True:
-        yield from batches(images, targets, size, shuffle=True, seed=seed, epoch=epoch, drop_last=True)
-        epoch += 1
