@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
-from flowaug.checkpoint import CONFIG, pack, read_config, write_atomic
+from flowaug.checkpoint import CONFIG, read_config
 from flowaug.classifier import accuracy, eval_transform
 from flowaug.finetuning import (
     count_steps,
@@ -37,6 +37,7 @@ from flowaug.finetuning import (
     create_schedule,
     evaluation_steps,
     memory_format,
+    write_classifier,
 )
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
@@ -197,7 +198,7 @@ class Training:
         args, seconds = self.args, time.time() - self.began
         if self.main:
             final = self.accelerator.unwrap_model(self.model) if self.averaged is None else self.averaged.module
-            write_atomic(args.output / "model.safetensors", pack(final.state_dict()))
+            write_classifier(args.output, args, final, self.pipeline, dataset.class_names)
             self.log.plot(["train_loss", "top1"], f"{args.model} on {dataset.name}")
             if self.flow_mixup is not None:
                 self.log.note("flow_aug", self.flow_mixup.counts)
@@ -282,10 +283,9 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(
             f"test accuracy {summary['top1']:.4f} (top-5 {summary['top5']:.4f}) on {summary['images']} images"
         )
-        names = "metrics.json, curves.png, model.safetensors" + (
-            ", augmented.png (before/after)" if args.flow_aug else ""
-        )
+        names = "metrics.json, curves.png" + (", augmented.png (before/after)" if args.flow_aug else "")
         accelerator.print(f"outputs in {args.output}: {names}")
+        accelerator.print(f"load it by timm.create_model('local-dir:{args.output}', pretrained=True)")
         accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f"finetune.py: {error}")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -15,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+from flowaug.checkpoint import CONFIG, WEIGHTS, pack, write_atomic, write_json
 from flowaug.classifier import BatchPipeline, eval_transform, train_transform
 from flowaug.copies import AugmentedCopies
 from flowaug.data import ImageDataset, create_loader
@@ -33,6 +35,15 @@ def create_classifier(args: argparse.Namespace, num_classes: int, channels: int)
         FileNotFoundError: no weights at ``--checkpoint``.
     """
     _check_name(args.model)
+    model = _create_model(args.model, _constructor_options(args, num_classes, channels) | _weights(args))
+    model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
+    config = resolve_data_config({"img_size": args.img_size} if args.img_size else {}, model=model)
+    side = config["input_size"][-1]
+    mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
+    return model, ((channels, side, side), mean, std)
+
+
+def _constructor_options(args: argparse.Namespace, num_classes: int, channels: int) -> dict:
     options = {"num_classes": num_classes, "in_chans": channels, **args.model_kwargs}
     if args.drop:
         options["drop_rate"] = args.drop
@@ -40,12 +51,26 @@ def create_classifier(args: argparse.Namespace, num_classes: int, channels: int)
         options["drop_path_rate"] = args.drop_path
     if args.img_size and _takes_img_size(args.model, options):
         options["img_size"] = args.img_size
-    model = _create_model(args.model, options | _weights(args))
-    model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
-    config = resolve_data_config({"img_size": args.img_size} if args.img_size else {}, model=model)
-    side = config["input_size"][-1]
-    mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
-    return model, ((channels, side, side), mean, std)
+    return options
+
+
+def write_classifier(
+    folder: Path, args: argparse.Namespace, model: nn.Module, pipeline: BatchPipeline, class_names: Sequence[str]
+) -> None:
+    """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads: weights and ``config.json``."""
+    mean, std = (getattr(pipeline, name).flatten().tolist() for name in ("mean", "std"))
+    layers = {name: model.pretrained_cfg.get(name) for name in ("first_conv", "classifier")}
+    data = {"input_size": pipeline.input_size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+    config = {
+        "architecture": model.pretrained_cfg["architecture"],
+        "num_classes": len(class_names),
+        "num_features": model.num_features,
+        "label_names": list(class_names),
+        "model_args": _constructor_options(args, len(class_names), pipeline.input_size[0]),
+        "pretrained_cfg": data | layers | {"num_classes": len(class_names)},
+    }
+    write_json(folder / CONFIG, config)
+    write_atomic(folder / WEIGHTS, pack(model.state_dict()))
 
 
 def _create_model(name: str, options: dict) -> nn.Module:
