@@ -25,6 +25,7 @@ from flowaug.inherit import inherited_options, start_from
 from flowaug.moments import ClassMoments
 from flowaug.optimizers import flow_optimizer
 from flowaug.options import flow_parser
+from flowaug.oracle import Oracle, load_teacher
 from flowaug.plan import flow_plan
 from flowaug.recipes import deciding_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, draw_progress, write_flow_folder
@@ -135,14 +136,16 @@ class Training:
         flow: the flow at its start.
         table: the training images.
         val: the images that it is judged by.
+        teacher: whose soft labels the posterior learns, None for the labels themselves.
     """
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, flow, table: ImageTable, val: ImageTable):
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, flow, table, val, teacher: Oracle | None):
         self.args, self.accelerator, self.table, self.val = args, accelerator, table, val
         self.device, self.main = accelerator.device, accelerator.is_main_process
-        self.flow = flow.to(self.device)
+        self.flow, self.teacher = flow.to(self.device), teacher and teacher.to(self.device)
         self.averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
-        flow.set_training_form(getattr(torch, args.conditioner_dtype), args.recompute, args.torchcompile)
+        self.dtype = getattr(torch, args.conditioner_dtype)
+        flow.set_training_form(self.dtype, args.recompute, args.torchcompile)
         self.optimizer = flow_optimizer(flow, args.opt, args.lr)
         self.log = MetricsLog(args.output, self.main, start_tracking(accelerator, "train_flow", recipe_of(args)))
         self.schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
@@ -171,8 +174,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.args)
         x, y = augment(x.to(self.device), self.args, self.generator), y.to(self.device)
+        soft = self.teacher and self.teacher.probabilities(x, bool(self.args.hflip), self.dtype)
         x = self.flow.dequantise(x, self.generator)
-        loss = self.flow.bits_per_dim(self.model(x, y, self.args.posterior_weight)).mean()
+        loss = self.flow.bits_per_dim(self.model(x, y, self.args.posterior_weight, soft)).mean()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
         self.optimizer.step()
@@ -220,10 +224,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     if args.dry_run:
         accelerator.print(flow_plan(args, flow, sets["train"], len(sets["val"]), accelerator))
         return args.output
+    teacher = load_teacher(args.teacher, sets["train"]) if args.teacher else None
     with sole_writer(args.output, accelerator.is_main_process):
         table, val = load_tables(args, sets, accelerator)
         begin(flow, table, args)
-        training = Training(args, accelerator, flow, table, val)
+        training = Training(args, accelerator, flow, table, val, teacher)
         training.run(sets["train"])
         if skipped := count_skipped(sets):
             training.log.note("skipped", skipped)

@@ -97,19 +97,23 @@ class Flow(nn.Module):
             return self.gaussians.log_joint(z).logsumexp(1) + ladj
         return self.gaussians.log_prob(z, y) + ladj
 
-    def forward(self, x: Tensor, y: Tensor | None = None, posterior_weight: float = 0.0) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, posterior_weight: float = 0.0, soft: Tensor | None = None
+    ) -> Tensor:
         """What training maximises, and what a data-parallel wrapper calls: ``log_prob`` (B,), and more with a weight.
 
         ``log p(x | y) + posterior_weight · D · log p(y | x)`` is a hybrid of a generative and a discriminative
         objective (Ardizzone et al., "Training Normalizing Flows with the Information Bottleneck", 2020). Between class
         Gaussians far apart the posterior is 0 or 1 to thousands of nats, and a few misplaced images would outweigh the
-        likelihood of all; here it is that at the temperature where classes differ by ``TYPICAL_GAP`` nats.
+        likelihood of all; here it is that at the temperature where classes differ by ``TYPICAL_GAP`` nats. With the
+        probabilities ``soft`` (B, K) that a teacher gives the classes, the posterior learns these in place of y
+        (Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015).
         """
         if not posterior_weight:
             return self.log_prob(x, y)
         z, ladj = self.encode(x)
         temperature = (self.gaussians.separation() / TYPICAL_GAP).clamp(min=1)
-        posterior = self.gaussians.log_posterior(z, y, temperature)
+        posterior = self.gaussians.log_posterior(z, y if soft is None else soft, temperature)
         return self.gaussians.log_prob(z, y) + ladj + posterior_weight * self.dim * posterior
 
     def log_joint(self, x: Tensor) -> Tensor:

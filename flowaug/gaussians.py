@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["ClassGaussians", "GaussianParameters"]
@@ -129,14 +130,14 @@ class ClassGaussians(nn.Module):
 
         Args:
             z: latents, `(B, D)`.
-            y: integer labels, `(B,)`.
+            y: integer labels, `(B,)`; or a probability of each class, `(B, K)`, by which the mean over them is taken.
             temperature: T, divides the log-densities before they are normalised over the classes.
 
         Returns:
             `(B,)`.
         """
-        self._check_batch(z, y)
-        return (self.log_joint(z) / temperature).log_softmax(1).gather(1, y[:, None]).squeeze(1)
+        self._check_batch(z, y if y.ndim == 1 else None)
+        return -F.cross_entropy(self.log_joint(z) / temperature, y, reduction="none")
 
     def separation(self) -> Tensor:
         r"""How far apart the class means are: :math:`\frac{1}{K-1} \sum_k \|\mu_k - \bar\mu\|^2_{P_k}` in nats, scalar.

@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.models import load_checkpoint
@@ -65,6 +66,20 @@ class Oracle:
         return self.model(self._input(x)).argmax(1)
 
     @torch.no_grad()
+    def probabilities(self, x: Tensor, mirrored: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The probability (B, K) of each class, of images (B, 1 or C, H, W) in [0, 1].
+
+        Args:
+            x: the images.
+            mirrored: take the mean over each image and its mirror image.
+            dtype: what the model computes in, where ``torch.autocast`` allows it.
+        """
+        views = torch.cat([x, x.flip(3)]) if mirrored else x
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            logits = self.model(self._input(views))
+        return logits.float().softmax(1).unflatten(0, (-1, len(x))).mean(0)
+
+    @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Penultimate features (B, d), what the last layer sees, of images (B, 1 or C, H, W) in [0, 1]."""
         if not (hasattr(self.model, "forward_features") and hasattr(self.model, "forward_head")):
@@ -74,10 +89,15 @@ class Oracle:
         return self.model.forward_head(x, pre_logits=True).flatten(1)
 
     def _input(self, x: Tensor) -> Tensor:
+        self.check_channels(x.shape[1])
         channels = self.pipeline.input_size[0]
-        if x.shape[1] not in (1, channels):
-            raise ValueError(f"the oracle takes {channels} channels but the images have {x.shape[1]}; use another one")
         return self.pipeline.normalise(x.to(self.pipeline.mean.device).expand(-1, channels, -1, -1))
+
+    def check_channels(self, channels: int) -> None:
+        """Raise a ValueError unless it takes images of so many channels."""
+        own = self.pipeline.input_size[0]
+        if channels not in (1, own):
+            raise ValueError(f"the oracle takes {own} channels but the images have {channels}; use another one")
 
 
 def load_oracle(
@@ -103,7 +123,7 @@ def load_oracle(
         model = timm.create_model(name, pretrained=checkpoint is None, **options)
         if checkpoint is not None:
             load_checkpoint(model, str(checkpoint), weights_only=True)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, SafetensorError) as error:  # unknown; a foreign config.json; damaged weights
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the oracle {name!r} cannot be loaded: {reason}") from error
     if num_classes not in (None, model.num_classes):
@@ -112,6 +132,29 @@ def load_oracle(
             "checkpoint of this data set, or leave the oracle out to train a small one"
         )
     return Oracle.of(model, name, channels if checkpoint else None, size)
+
+
+def load_teacher(name: str, train: ImageDataset) -> Oracle:
+    """Load the classifier whose soft labels a flow learns.
+
+    Args:
+        name: as for ``load_oracle``; a folder of ``finetune.py`` may be named without ``local-dir:``.
+        train: the training images of the flow.
+
+    Raises:
+        ValueError: as ``load_oracle``, or the classifier names its classes otherwise.
+    """
+    name = f"local-dir:{name}" if Path(name).is_dir() else name
+    teacher = load_oracle(name, len(train.class_names), train.channels)
+    theirs = teacher.model.pretrained_cfg.get("label_names")
+    if theirs is not None and list(theirs) != list(train.class_names):
+        raise ValueError(
+            f"the teacher {name!r} knows the classes {list(theirs)}, the data set has {list(train.class_names)}; its "
+            "soft labels would be those of other classes: fine-tune it on this data set"
+        )
+    teacher.check_channels(train.channels)
+    teacher.model.to(memory_format=torch.channels_last)
+    return teacher
 
 
 def small_oracle(

@@ -53,6 +53,11 @@ def add_gaussian_options(parser: argparse.ArgumentParser) -> None:
         metavar="γ",
         help="of log p(label | image) beside the likelihood: classifies better, draws worse (0)",
     )
+    group.add_argument(
+        "--teacher",
+        metavar="CLASSIFIER",
+        help="learn the posterior from its soft labels: a folder of finetune.py, or a model as timm names it",
+    )
     group.add_argument("--lr-policy", choices=sorted(LR_POLICIES), help="decay of the gradient's rate (linear)")
     group.add_argument("--gaussian-lr", type=float, help="learning rate of gradient and glem (0.1)")
     group.add_argument("--kld-weight-end", type=float, help="glem: λ falls linearly to this (half of --kld-weight)")
@@ -75,6 +80,8 @@ def check_gaussian_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--posterior-weight is {args.posterior_weight}; expected 0 (likelihood alone) or more")
     if args.posterior_weight and args.estimator == "unit":
         raise ValueError("--estimator unit has no classes for --posterior-weight to tell apart; leave one out")
+    if args.teacher and not args.posterior_weight:
+        raise ValueError(f"--teacher {args.teacher} needs --posterior-weight, the weight of what it teaches")
     if args.glem_share is not None and not 0 < args.glem_share < 1:
         raise ValueError(f"--glem-share is {args.glem_share}; expected a share between 0 and 1")
 

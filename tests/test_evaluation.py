@@ -134,6 +134,18 @@ def test_oracle_from_a_checkpoint(tmp_path):
         load_oracle("no_such_model", 3, 3, tmp_path / "model.safetensors")
 
 
+def test_probabilities_of_an_image_and_its_mirror_are_averaged():
+    class Left(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x[..., :4].sum((1, 2, 3)), x[..., 4:].sum((1, 2, 3))], 1) * 0.01
+
+    x = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    one, both = (oracle(Left()).probabilities(x, mirrored) for mirrored in (False, True))
+    torch.testing.assert_close(one, Left()(x).softmax(1))
+    torch.testing.assert_close(both, (one + one.flip(1)) / 2)
+    assert oracle(Left()).probabilities(x, dtype=torch.bfloat16).dtype == torch.float32
+
+
 def test_grey_images_before_an_rgb_oracle():
     assert oracle()(torch.full((2, 1, 8, 8), 0.8)).tolist() == [2, 2]
     with pytest.raises(ValueError, match="takes 3 channels"):

@@ -35,6 +35,13 @@ def test_hybrid_objective_is_likelihood_and_tempered_posterior():
     assert torch.equal(flow(x, y), flow.log_prob(x, y))
 
 
+def test_a_teacher_replaces_the_labels_of_the_posterior_only():
+    flow, x, y = small_flow(), torch.rand(5, 1, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
+    others = (y + 1) % 3
+    taught = flow(x, y, 0.5, torch.nn.functional.one_hot(others, 3).double())
+    torch.testing.assert_close(taught - flow.log_prob(x, y), flow(x, others, 0.5) - flow.log_prob(x, others))
+
+
 def test_hybrid_objective_before_the_class_gaussians_are_set():
     """All classes are alike: the posterior is uniform and has no gradient."""
     flow = create_flow("mef_tiny", event_shape=(1, 4, 8), num_classes=3, **SMALL).double()

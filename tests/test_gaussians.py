@@ -36,6 +36,9 @@ def test_log_posterior_is_that_of_tempered_densities():
     for temperature in (1.0, 7.0):
         expected = (literal / temperature).log_softmax(1)[torch.arange(9), y]
         torch.testing.assert_close(gaussians.log_posterior(z, y, temperature), expected, atol=1e-10, rtol=0)
+    soft = torch.rand(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = (soft * (literal / 7.0).log_softmax(1)).sum(1)
+    torch.testing.assert_close(gaussians.log_posterior(z, soft, 7.0), expected, atol=1e-10, rtol=0)
 
 
 def test_separation_is_the_mean_divergence_of_unit_gaussians():

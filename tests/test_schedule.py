@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import finetune
 import train_flow
 from flowaug import load_flow
 from flowaug.checkpoint import WEIGHTS
@@ -64,6 +65,18 @@ def test_posterior_weight_trades_likelihood_for_classification(tmp_path):
     assert hybrid["bits_per_dim"] > likelihood["bits_per_dim"]
 
 
+def test_the_posterior_learns_what_a_teacher_says(tmp_path):
+    """A teacher of random weights calls nearly all images alike: the flow then classifies worse than by labels."""
+    teacher = tmp_path / "teacher"
+    options = ["--model", "test_resnet", "--steps", "1", "--lr", "0", "--images-per-class", "12", "--cpu"]
+    finetune.main([*options, "--no-pretrained", "--img-size", "32", "--output", str(teacher)])
+    options = ["--images-per-class", "60", "--steps", "50", "--solve-at", "10", "--lr", "0.02", "--ema-decay", "0.9"]
+    options += ["--kld-weight", "30", "--posterior-weight", "40"]
+    labels = run(tmp_path / "labels", *options)[1]
+    taught = run(tmp_path / "taught", *options, "--teacher", str(teacher))[1]
+    assert taught["nf_acc"] < labels["nf_acc"] - 0.1
+
+
 def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
     run(tmp_path / "whole", *GLEM)
     killed_at(3, lambda options: run(tmp_path / "cut", *options), [*GLEM, "--save-every", "1"])
@@ -79,6 +92,8 @@ def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
         (["--posterior-weight", "-1"], "--posterior-weight is -1.0; expected 0"),
         (["--posterior-weight", "nan"], "--posterior-weight is nan"),
         (["--posterior-weight", "1", "--estimator", "unit"], "no classes for --posterior-weight"),
+        (["--teacher", "test_resnet"], "--teacher test_resnet needs --posterior-weight"),
+        (["--teacher", "nowhere", "--posterior-weight", "1"], "the oracle 'nowhere' cannot be loaded"),
         (["--glem-share", "0.2"], "--estimator fpi does not use --glem-share"),
         (["--estimator", "glem", "--glem-share", "1.5"], "between 0 and 1"),
         (["--estimator", "glem", "--kld-weight", "-1"], "kld_weight"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -18,6 +19,7 @@ import train_flow
 from flowaug import FlowMixupTransform, list_pretrained, load_flow, load_pca, state
 from flowaug.checkpoint import CONFIG, WEIGHTS, find_flow
 from flowaug.data import load_dataset, stack_images
+from flowaug.oracle import load_teacher
 from flowaug.schedule import settle_gaussian_options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +105,26 @@ def test_finetune_on_a_folder_with_a_named_flow(photos, trained, tmp_path, capsy
     assert metrics["steps"] == 4
     assert metrics["flow_aug"]["augmented"] > 0
     assert {"model.safetensors", "augmented.png", "curves.png", "metrics.jsonl"} <= {p.name for p in output.iterdir()}
+
+
+def test_timm_and_teachers_are_loaded_from_the_folder_of_finetune(tmp_path):
+    output, shape = tmp_path / "out", ["--model", "resnet10t", "--model-kwargs", "channels=(4,6,8,10)"]
+    finetune.main([*QUICK, *shape, "--steps", "20", "--output", str(output)])
+    data = load_dataset("digits", split="val")
+    teacher, model = load_teacher(str(output), data), timm.create_model(f"local-dir:{output}", pretrained=True)
+    images, targets = data.read_table((8, 8), data.channels)
+    top1 = (teacher(images.float() / 255) == targets).double().mean().item()
+    assert top1 == pytest.approx(json.loads((output / "metrics.json").read_text())["top1"], abs=0.02)  # resized by PIL
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in teacher.model.state_dict().items())
+    weights, config = (output / "model.safetensors").read_bytes(), json.loads((output / "config.json").read_text())
+    (output / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_teacher(str(output), data)
+    (output / "model.safetensors").write_bytes(weights)
+    config["label_names"] = config["label_names"][::-1]
+    (output / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="soft labels would be those of other classes"):
+        load_teacher(str(output), data)
 
 
 def test_options_of_the_mixture_reach_the_transform():
