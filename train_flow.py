@@ -139,7 +139,15 @@ class Training:
         teacher: whose soft labels the posterior learns, None for the labels themselves.
     """
 
-    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, flow, table, val, teacher: Oracle | None):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        flow,
+        table: ImageTable,
+        val: ImageTable,
+        teacher: Oracle | None,
+    ):
         self.args, self.accelerator, self.table, self.val = args, accelerator, table, val
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.flow, self.teacher = flow.to(self.device), teacher and teacher.to(self.device)

@@ -49,7 +49,10 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _common_options(parser, "val", "runs/evaluate", "folder for the report")
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="shares of the partner")
-    parser.add_argument("--oracle", help="timm model, hf-hub:… or local-dir:…; default: a small one, trained and kept")
+    parser.add_argument(
+        "--oracle",
+        help="timm model, folder of finetune.py, hf-hub:… or local-dir:…; default: a small one, trained and kept",
+    )
     parser.add_argument("--oracle-checkpoint", type=Path, help="weights of --oracle, trained on this data set")
     parser.add_argument("--oracle-steps", type=int, default=SMALL_STEPS, help="training steps of the small oracle")
     parser.add_argument("--image-size", type=int, help="height and width of the images; default: the flow's own")
@@ -128,7 +131,8 @@ def _open_transform(args: argparse.Namespace, data, **options) -> FlowMixupTrans
 
 def _oracle(args: argparse.Namespace, data: ImageDataset, size: tuple[int, int], channels: int) -> Oracle:
     if args.oracle:
-        return load_oracle(args.oracle, len(data.class_names), channels, args.oracle_checkpoint, args.image_size)
+        own = args.oracle_checkpoint, args.image_size, data.class_names
+        return load_oracle(args.oracle, len(data.class_names), channels, *own)
     if args.oracle_checkpoint:
         raise ValueError("--oracle-checkpoint needs --oracle, the timm model that the weights belong to")
     if args.split == "train":

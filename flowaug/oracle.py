@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -101,23 +102,31 @@ class Oracle:
 
 
 def load_oracle(
-    name: str, num_classes: int | None, channels: int = 3, checkpoint: Path | None = None, size: int | None = None
+    name: str,
+    num_classes: int | None,
+    channels: int = 3,
+    checkpoint: Path | None = None,
+    size: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Oracle:
     """Load a trained timm model.
 
     Args:
-        name: timm model with weights of its own, ``hf-hub:``, ``local-dir:``, or the architecture of ``checkpoint``.
+        name: timm model with weights of its own, a folder of ``finetune.py``, ``hf-hub:``, ``local-dir:``, or the
+            architecture of ``checkpoint``.
         num_classes: classes K that the model must know, in the order of the data set; None for its features alone.
         channels: channels of the images that ``checkpoint`` was trained on.
         checkpoint: weights (.safetensors, or a .pth that holds tensors only).
         size: height and width to give it; default: the model's own.
+        class_names: those of the data set, to compare with those that the model brings along, if it does.
 
     Raises:
-        ValueError: unknown model, another number of classes, or weights that do not fit.
+        ValueError: unknown model, another number of classes, other names of them, or weights that do not fit.
         FileNotFoundError: no such checkpoint.
     """
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"no weights at {str(checkpoint)!r}; give a .safetensors or .pth file of {name!r}")
+    name = f"local-dir:{name}" if checkpoint is None and Path(name).is_dir() else name
     try:
         options = {} if checkpoint is None else {"num_classes": num_classes, "in_chans": channels}
         model = timm.create_model(name, pretrained=checkpoint is None, **options)
@@ -131,27 +140,29 @@ def load_oracle(
             f"the oracle {name!r} knows {model.num_classes} classes but the data set has {num_classes}; give a "
             "checkpoint of this data set, or leave the oracle out to train a small one"
         )
+    _check_class_names(name, model.pretrained_cfg.get("label_names"), class_names)
     return Oracle.of(model, name, channels if checkpoint else None, size)
+
+
+def _check_class_names(name: str, theirs: Sequence[str] | None, ours: Sequence[str] | None) -> None:
+    if None not in (theirs, ours) and list(theirs) != list(ours):
+        raise ValueError(
+            f"the oracle {name!r} knows the classes {list(theirs)}, the data set has {list(ours)}; its labels and its "
+            "soft labels would be those of other classes: fine-tune it on this data set"
+        )
 
 
 def load_teacher(name: str, train: ImageDataset) -> Oracle:
     """Load the classifier whose soft labels a flow learns.
 
     Args:
-        name: as for ``load_oracle``; a folder of ``finetune.py`` may be named without ``local-dir:``.
+        name: as for ``load_oracle``.
         train: the training images of the flow.
 
     Raises:
-        ValueError: as ``load_oracle``, or the classifier names its classes otherwise.
+        ValueError: as ``load_oracle``, or it takes images of other channels.
     """
-    name = f"local-dir:{name}" if Path(name).is_dir() else name
-    teacher = load_oracle(name, len(train.class_names), train.channels)
-    theirs = teacher.model.pretrained_cfg.get("label_names")
-    if theirs is not None and list(theirs) != list(train.class_names):
-        raise ValueError(
-            f"the teacher {name!r} knows the classes {list(theirs)}, the data set has {list(train.class_names)}; its "
-            "soft labels would be those of other classes: fine-tune it on this data set"
-        )
+    teacher = load_oracle(name, len(train.class_names), train.channels, class_names=train.class_names)
     teacher.check_channels(train.channels)
     teacher.model.to(memory_format=torch.channels_last)
     return teacher
