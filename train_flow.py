@@ -12,6 +12,7 @@ recipe.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,13 @@ from flowaug.oracle import Oracle, load_teacher
 from flowaug.plan import flow_plan
 from flowaug.recipes import deciding_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, draw_progress, write_flow_folder
-from flowaug.schedule import ESTIMATOR_DEFAULTS, GaussianSchedule, check_gaussian_options, settle_gaussian_options
+from flowaug.schedule import (
+    ESTIMATOR_DEFAULTS,
+    GaussianSchedule,
+    check_estimator_options,
+    check_gaussian_options,
+    settle_gaussian_options,
+)
 from flowaug.shardlists import is_shards
 from flowaug.state import Run, sole_writer
 from flowaug.streams import StreamDataset, count_skipped
@@ -42,12 +49,14 @@ ANNEAL_SHARE = 0.4
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; options left out come from the recipe."""
-    return parse_with_recipe(flow_parser(__doc__), argv, "flow", settle_recipe)
+    args = parse_with_recipe(flow_parser(__doc__), argv, "flow", settle_recipe)
+    check_gaussian_options(args)
+    return args
 
 
 def settle_recipe(given: argparse.Namespace, recipe: dict) -> dict:
     """What the recipe comes to beside the options given: --init-from and --estimator decide some of it."""
-    check_gaussian_options(given)
+    check_estimator_options(given)
     return recipe | ESTIMATOR_DEFAULTS.get(given.estimator, {}) | inherited_options(given)
 
 
@@ -136,7 +145,7 @@ class Training:
         flow: the flow at its start.
         table: the training images.
         val: the images that it is judged by.
-        teacher: whose soft labels the posterior learns, None for the labels themselves.
+        teachers: the mean of whose soft labels the posterior learns; none for the labels themselves.
     """
 
     def __init__(
@@ -146,11 +155,11 @@ class Training:
         flow,
         table: ImageTable,
         val: ImageTable,
-        teacher: Oracle | None,
+        teachers: Sequence[Oracle],
     ):
         self.args, self.accelerator, self.table, self.val = args, accelerator, table, val
         self.device, self.main = accelerator.device, accelerator.is_main_process
-        self.flow, self.teacher = flow.to(self.device), teacher and teacher.to(self.device)
+        self.flow, self.teachers = flow.to(self.device), [teacher.to(self.device) for teacher in teachers]
         self.averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
         self.dtype = getattr(torch, args.conditioner_dtype)
         flow.set_training_form(self.dtype, args.recompute, args.torchcompile)
@@ -182,7 +191,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.args)
         x, y = augment(x.to(self.device), self.args, self.generator), y.to(self.device)
-        soft = self.teacher and self.teacher.probabilities(x, bool(self.args.hflip), self.dtype)
+        soft = self.soft_labels(x)
         x = self.flow.dequantise(x, self.generator)
         loss = self.flow.bits_per_dim(self.model(x, y, self.args.posterior_weight, soft)).mean()
         self.accelerator.backward(loss)
@@ -191,6 +200,11 @@ class Training:
         self.optimizer.zero_grad()
         self.averaged.update(self.flow, step=step)
         return loss
+
+    def soft_labels(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What the teachers say of images (B, C, H, W) in [0, 1]: their mean (B, K); None without a teacher."""
+        said = [teacher.probabilities(x, bool(self.args.hflip), self.dtype) for teacher in self.teachers]
+        return torch.stack(said).mean(0) if said else None
 
     def set_gaussians(self, done: int) -> None:
         """Set the class Gaussians, of the averaged flow too, if they are due after ``done`` steps."""
@@ -232,11 +246,11 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     if args.dry_run:
         accelerator.print(flow_plan(args, flow, sets["train"], len(sets["val"]), accelerator))
         return args.output
-    teacher = load_teacher(args.teacher, sets["train"]) if args.teacher else None
+    teachers = [load_teacher(name, sets["train"]) for name in args.teacher or ()]
     with sole_writer(args.output, accelerator.is_main_process):
         table, val = load_tables(args, sets, accelerator)
         begin(flow, table, args)
-        training = Training(args, accelerator, flow, table, val, teacher)
+        training = Training(args, accelerator, flow, table, val, teachers)
         training.run(sets["train"])
         if skipped := count_skipped(sets):
             training.log.note("skipped", skipped)

@@ -71,17 +71,26 @@ def parse_with_recipe(
         adjust: takes what was given and the recipe's options and returns the options to use.
 
     Raises:
-        ValueError: the recipe has an option that the script does not know.
+        ValueError: the recipe has an option that the script does not know, or one value where it takes a list.
     """
     given = parser.parse_args(argv)
     recipe = adjust(given, recipe_options(part, given))
     unknown = sorted(set(recipe) - set(vars(given)))
     if unknown:
         raise ValueError(f"the recipe {given.recipe or given.dataset} gives the {part} unknown options: {unknown}")
+    _check_lists(parser, recipe)
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
     args.dataset = args.dataset or (None if args.data_dir else "digits")
     return args
+
+
+def _check_lists(parser: argparse.ArgumentParser, recipe: dict) -> None:
+    """Raise a ValueError for one value where the command line takes several."""
+    several = {action.dest for action in parser._actions if action.nargs not in (None, 0, "?")}
+    for name, value in recipe.items():
+        if name in several and isinstance(value, str | int | float):
+            raise ValueError(f"the recipe gives {name} the one value {value!r}; it takes several: {name}: [{value}, …]")
 
 
 def deciding_options(options, skip: tuple[str, ...]) -> dict:

@@ -55,8 +55,10 @@ def add_gaussian_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--teacher",
+        nargs="+",
         metavar="CLASSIFIER",
-        help="learn the posterior from its soft labels: a folder of finetune.py, or a model as timm names it",
+        help="learn the posterior from its soft labels, or from the mean of several classifiers': folders of "
+        "finetune.py, or models as timm names them",
     )
     group.add_argument("--lr-policy", choices=sorted(LR_POLICIES), help="decay of the gradient's rate (linear)")
     group.add_argument("--gaussian-lr", type=float, help="learning rate of gradient and glem (0.1)")
@@ -69,19 +71,24 @@ def add_gaussian_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--glem-merge-at", type=int, help="glem: step from which only the flow trains, on all images")
 
 
-def check_gaussian_options(args: argparse.Namespace) -> None:
-    """Raise a ValueError for options that were given but that the estimator does not read."""
+def check_estimator_options(given: argparse.Namespace) -> None:
+    """Raise a ValueError for options that the command line gives but that the estimator does not read."""
     every = set().union(*USES.values())
-    idle = sorted(name for name in every - USES[args.estimator] if getattr(args, name) is not None)
+    idle = sorted(name for name in every - USES[given.estimator] if getattr(given, name) is not None)
     if idle:
         names = ", ".join("--" + name.replace("_", "-") for name in idle)
-        raise ValueError(f"--estimator {args.estimator} does not use {names}; leave them out or choose another")
+        raise ValueError(f"--estimator {given.estimator} does not use {names}; leave them out or choose another")
+
+
+def check_gaussian_options(args: argparse.Namespace) -> None:
+    """Raise a ValueError for values, of command line or recipe, that cannot be or that disagree."""
     if not args.posterior_weight >= 0:
         raise ValueError(f"--posterior-weight is {args.posterior_weight}; expected 0 (likelihood alone) or more")
     if args.posterior_weight and args.estimator == "unit":
         raise ValueError("--estimator unit has no classes for --posterior-weight to tell apart; leave one out")
     if args.teacher and not args.posterior_weight:
-        raise ValueError(f"--teacher {args.teacher} needs --posterior-weight, the weight of what it teaches")
+        names = " ".join(args.teacher)
+        raise ValueError(f"--teacher {names} needs --posterior-weight, the weight of what it teaches")
     if args.glem_share is not None and not 0 < args.glem_share < 1:
         raise ValueError(f"--glem-share is {args.glem_share}; expected a share between 0 and 1")
 

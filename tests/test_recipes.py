@@ -62,6 +62,8 @@ def test_the_command_line_goes_before_the_recipe():
     ("text", "message"),
     [
         ("flow: {step: 3}", r"unknown options: \['step'\]"),
+        ("flow: {posterior_weight: 1, teacher: runs/a}", "gives teacher the one value 'runs/a'; it takes several"),
+        ("flow: {posterior_weight: -1}", "--posterior-weight is -1"),
         ("flows: {steps: 3}", "is no recipe"),
         ("flow: [", "not valid YAML"),
         (None, "no recipe at"),
@@ -73,6 +75,13 @@ def test_a_bad_recipe_ends_in_one_sentence(text, message, tmp_path):
         path.write_text(text)
     with pytest.raises(SystemExit, match=message):
         train_flow.main(["--recipe", str(path), "--cpu", "--output", str(tmp_path / "out")])
+
+
+def test_a_recipe_may_give_what_an_option_needs(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("flow: {posterior_weight: 2.0}")
+    args = train_flow.parse_args(["--recipe", str(path), "--teacher", "runs/a", "runs/b"])
+    assert (args.posterior_weight, args.teacher) == (2.0, ["runs/a", "runs/b"])
 
 
 def test_what_a_recipe_leaves_out_comes_from_the_default(tmp_path):

@@ -1,8 +1,10 @@
 """Where the class Gaussians of a training come from: every estimator, every ablation, from the command line."""
 
+import argparse
 import json
 
 import pytest
+import timm
 import torch
 
 import finetune
@@ -10,6 +12,7 @@ import train_flow
 from flowaug import load_flow
 from flowaug.checkpoint import WEIGHTS
 from flowaug.fitting import ImageTable
+from flowaug.oracle import Oracle
 from flowaug.schedule import split_by_class
 
 QUICK = ["--images-per-class", "12", "--steps", "8", "--eval-every", "8", "--batch-size", "32", "--rank", "2", "--cpu"]
@@ -77,6 +80,19 @@ def test_the_posterior_learns_what_a_teacher_says(tmp_path):
     assert taught["nf_acc"] < labels["nf_acc"] - 0.1
 
 
+def test_several_teachers_are_averaged():
+    teachers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        teachers.append(Oracle.of(timm.create_model("test_resnet", num_classes=3), "random", size=32))
+    training = argparse.Namespace(args=argparse.Namespace(hflip=0.5), dtype=torch.float32, teachers=teachers)
+    x = torch.rand(4, 3, 32, 32)
+    one, other = (teacher.probabilities(x, mirrored=True) for teacher in teachers)
+    torch.testing.assert_close(train_flow.Training.soft_labels(training, x), (one + other) / 2)
+    training.teachers = []
+    assert train_flow.Training.soft_labels(training, x) is None
+
+
 def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
     run(tmp_path / "whole", *GLEM)
     killed_at(3, lambda options: run(tmp_path / "cut", *options), [*GLEM, "--save-every", "1"])
@@ -92,7 +108,7 @@ def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
         (["--posterior-weight", "-1"], "--posterior-weight is -1.0; expected 0"),
         (["--posterior-weight", "nan"], "--posterior-weight is nan"),
         (["--posterior-weight", "1", "--estimator", "unit"], "no classes for --posterior-weight"),
-        (["--teacher", "test_resnet"], "--teacher test_resnet needs --posterior-weight"),
+        (["--teacher", "test_resnet", "other"], "--teacher test_resnet other needs --posterior-weight"),
         (["--teacher", "nowhere", "--posterior-weight", "1"], "the oracle 'nowhere' cannot be loaded"),
         (["--glem-share", "0.2"], "--estimator fpi does not use --glem-share"),
         (["--estimator", "glem", "--glem-share", "1.5"], "between 0 and 1"),
