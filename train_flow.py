@@ -145,7 +145,7 @@ class Training:
         flow: the flow at its start.
         table: the training images.
         val: the images that it is judged by.
-        teachers: the mean of whose soft labels the posterior learns; none for the labels themselves.
+        teachers: whose soft labels the posterior learns, their mean if several; none for the labels themselves.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.args)
         x, y = augment(x.to(self.device), self.args, self.generator), y.to(self.device)
-        soft = self.soft_labels(x)
+        soft = self.soft_labels(step, x)
         x = self.flow.dequantise(x, self.generator)
         loss = self.flow.bits_per_dim(self.model(x, y, self.args.posterior_weight, soft)).mean()
         self.accelerator.backward(loss)
@@ -201,10 +201,15 @@ class Training:
         self.averaged.update(self.flow, step=step)
         return loss
 
-    def soft_labels(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the teachers say of images (B, C, H, W) in [0, 1]: their mean (B, K); None without a teacher."""
-        said = [teacher.probabilities(x, bool(self.args.hflip), self.dtype) for teacher in self.teachers]
-        return torch.stack(said).mean(0) if said else None
+    def soft_labels(self, step: int, x: torch.Tensor) -> torch.Tensor | None:
+        """What a teacher says of images (B, C, H, W) in [0, 1]: probabilities (B, K); None without a teacher.
+
+        Several take turns: the loss is linear in what they say, so its mean over them is that of their mean.
+        """
+        if not self.teachers:
+            return None
+        teacher = self.teachers[step % len(self.teachers)]
+        return teacher.probabilities(x, bool(self.args.hflip), self.dtype)
 
     def set_gaussians(self, done: int) -> None:
         """Set the class Gaussians, of the averaged flow too, if they are due after ``done`` steps."""

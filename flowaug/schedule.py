@@ -57,8 +57,8 @@ def add_gaussian_options(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         nargs="+",
         metavar="CLASSIFIER",
-        help="learn the posterior from its soft labels, or from the mean of several classifiers': folders of "
-        "finetune.py, or models as timm names them",
+        help="learn the posterior from its soft labels, several take turns: folders of finetune.py, or models as timm "
+        "names them",
     )
     group.add_argument("--lr-policy", choices=sorted(LR_POLICIES), help="decay of the gradient's rate (linear)")
     group.add_argument("--gaussian-lr", type=float, help="learning rate of gradient and glem (0.1)")

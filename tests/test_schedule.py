@@ -9,7 +9,7 @@ import torch
 
 import finetune
 import train_flow
-from flowaug import load_flow
+from flowaug import create_flow, load_flow
 from flowaug.checkpoint import WEIGHTS
 from flowaug.fitting import ImageTable
 from flowaug.oracle import Oracle
@@ -80,17 +80,22 @@ def test_the_posterior_learns_what_a_teacher_says(tmp_path):
     assert taught["nf_acc"] < labels["nf_acc"] - 0.1
 
 
-def test_several_teachers_are_averaged():
+def test_several_teachers_take_turns():
+    """The loss is linear in soft labels, so that on average the flow learns the teachers' mean."""
     teachers = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         teachers.append(Oracle.of(timm.create_model("test_resnet", num_classes=3), "random", size=32))
     training = argparse.Namespace(args=argparse.Namespace(hflip=0.5), dtype=torch.float32, teachers=teachers)
     x = torch.rand(4, 3, 32, 32)
+    said = [train_flow.Training.soft_labels(training, step, x) for step in range(3)]
     one, other = (teacher.probabilities(x, mirrored=True) for teacher in teachers)
-    torch.testing.assert_close(train_flow.Training.soft_labels(training, x), (one + other) / 2)
-    training.teachers = []
-    assert train_flow.Training.soft_labels(training, x) is None
+    assert not torch.allclose(one, other)
+    assert all(torch.equal(*pair) for pair in zip(said, (one, other, one), strict=True))
+    flow, y = create_flow("mef_tiny", event_shape=(3, 32, 32), num_classes=3, hidden=8), torch.tensor([0, 1, 2, 2])
+    flow.gaussians.mean.normal_()
+    loss, other_loss = (flow(x, y, 2.0, soft).sum() for soft in (one, other))
+    torch.testing.assert_close(flow(x, y, 2.0, (one + other) / 2).sum(), (loss + other_loss) / 2)
 
 
 def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
