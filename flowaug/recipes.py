@@ -87,10 +87,11 @@ def parse_with_recipe(
 
 def _check_lists(parser: argparse.ArgumentParser, recipe: dict) -> None:
     """Raise a ValueError for one value where the command line takes several."""
-    several = {action.dest for action in parser._actions if action.nargs not in (None, 0, "?")}
+    several = {action.dest: action.default for action in parser._actions if action.nargs not in (None, 0, "?")}
     for name, value in recipe.items():
         if name in several and isinstance(value, str | int | float):
-            raise ValueError(f"the recipe gives {name} the one value {value!r}; it takes several: {name}: [{value}, …]")
+            form = "{key: value, …}" if isinstance(several[name], dict) else f"[{value}, …]"
+            raise ValueError(f"the recipe gives {name} the one value {value!r}; it takes several: {name}: {form}")
 
 
 def deciding_options(options, skip: tuple[str, ...]) -> dict:

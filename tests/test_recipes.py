@@ -63,6 +63,7 @@ def test_the_command_line_goes_before_the_recipe():
     [
         ("flow: {step: 3}", r"unknown options: \['step'\]"),
         ("flow: {posterior_weight: 1, teacher: runs/a}", "gives teacher the one value 'runs/a'; it takes several"),
+        ("flow: {model_kwargs: hidden=8}", "it takes several: model_kwargs: {key: value, …}"),
         ("flow: {posterior_weight: -1}", "--posterior-weight is -1"),
         ("flows: {steps: 3}", "is no recipe"),
         ("flow: [", "not valid YAML"),
