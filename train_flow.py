@@ -145,7 +145,7 @@ class Training:
         flow: the flow at its start.
         table: the training images.
         val: the images that it is judged by.
-        teachers: whose soft labels the posterior learns, their mean if several; none for the labels themselves.
+        teachers: whose soft labels the posterior learns, in turns if several; none for the labels themselves.
     """
 
     def __init__(
