@@ -29,8 +29,8 @@ class Setup:
     Attributes:
         dataset: its name.
         classifiers: name to options of ``finetune.py``.
-        with_rivals: classifiers that the rivals of flow mixup train too, on few images.
-        both_orders: classifiers that the standard augmentation before the flow trains too, on few images.
+        with_rivals: classifiers that the rivals of flow mixup train too, on the fewest images.
+        both_orders: classifiers that the standard augmentation before the flow trains too, on the fewest images.
         steps: classifier to size to optimiser steps.
         batch_size: images per step.
         flow: options of ``train_flow.py``.
@@ -58,14 +58,8 @@ class Setup:
 
 
 @timm.models.register_model
-def resnet18_small_image(pretrained: bool = False, **options) -> nn.Module:
-    """Timm's ResNet18 with the stem for images of about 32 pixels."""
-    return small_image_stem(timm.create_model("resnet18", pretrained=pretrained, **options))
-
-
-@timm.models.register_model
 def resnet18_pooled(pretrained: bool = False, **options) -> nn.Module:
-    """The same with timm's pooling after the stem: a third of the time, for trainings that last longer."""
+    """Timm's ResNet18 with the first convolution for small images and its pooling: a third of the time without."""
     model = timm.create_model("resnet18", pretrained=pretrained, **options)
     pooling = model.maxpool
     small_image_stem(model).maxpool = pooling
@@ -78,29 +72,28 @@ def _of_recipe(name: str, *keys: str) -> dict:
 
 
 TRAINING = ("opt", "weight_decay", "warmup_share")
-RESNET18 = {
-    **_of_recipe("resnet18_cifar10", "momentum", *TRAINING),
-    "model": "resnet18_small_image",
-    "img_size": 28,
-    "pretrained": False,
-    "lr": 0.05,
-    "channels_last": True,
-    "amp": "bf16",
-}
-CLASSIFIERS = {  # learning rates are those of the recipes, for batches of 64; depthwise convolutions are slow in bf16
+CLASSIFIERS = {  # learning rates for batches of 64 and few steps; depthwise convolutions are slow in bf16
     "swin": {
         **_of_recipe("swin_cifar10", "model", "model_kwargs", "img_size", "pretrained", *TRAINING),
         "lr": 0.001,
         "amp": "bf16",
     },
-    "resnet18": RESNET18,
-    "resnet18_pooled": RESNET18 | {"model": "resnet18_pooled"},
+    "resnet18": {
+        "model": "resnet18_pooled",
+        "img_size": 28,
+        "pretrained": False,
+        "opt": "adamw",
+        "lr": 0.004,
+        "channels_last": True,
+        "amp": "bf16",
+    },
     "lite0": {
-        **_of_recipe("efficientnet_lite0_fashion_mnist", "model", "img_size", "lr", *TRAINING),
+        **_of_recipe("efficientnet_lite0_fashion_mnist", "model", "lr", *TRAINING),
+        "img_size": 64,
         "channels_last": True,
     },
 }
-STANDARD = _of_recipe("swin_cifar10", "scale", "ratio", "hflip", "aa", "reprob")
+STANDARD = _of_recipe("swin_cifar10", "ratio", "hflip", "reprob")  # beside them what SETTINGS has
 NO_CROP = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
 CONTROL = "spared"
 ARMS = {  # name to timm's options and the augmentation of the batch, if there is one
@@ -120,12 +113,12 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "noise": ({}, "noise"),
     "gaussian": ({}, "gaussian"),
 }
-MAIN_ARMS = ("nothing", "flow", "standard", "flow+standard")
+MAIN_ARMS = ("nothing", "axes", "standard", "axes+standard")
+FORMS = ("flow", "flow+standard", "axes-or-standard", CONTROL)  # others of flow mixup, on the fewest images
 FIRST = ("flow+standard", "axes+standard", "axes-or-standard", CONTROL)  # the flow before transforms of images
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
 OTHER_ORDER = ("standard+flow",)
-PER_AXIS = ("axes", "axes+standard", "axes-or-standard", CONTROL)
-RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER + PER_AXIS)
+RIVALS = tuple(arm for arm in ARMS if arm not in MAIN_ARMS + OTHER_ORDER + FORMS)
 COMPETITORS = {  # arm to what the report holds against it: flow mixup by one weight, and by one for each axis
     **{arm: ("flow", "axes") for arm in RIVALS},
     "flow": (None, "axes"),
@@ -133,6 +126,7 @@ COMPETITORS = {  # arm to what the report holds against it: flow mixup by one we
     CONTROL: (None, "axes-or-standard"),
 }
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
+    "standard": {"aa": "rand-m5-n1-mstd0.5-inc1", "scale": (0.8, 1.0)},
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
     "axes": {"alpha": 1.0, "rank": 64, "per_axis": True, "rescaled": True},
     "mixup": {"mixup": 0.8},
@@ -148,15 +142,14 @@ FULL = Setup(
     with_rivals=("swin",),
     both_orders=("lite0",),
     steps={
-        "lite0": {"20": 100, "100": 300, "500": 500, "all": 1000},
-        "swin": {"20": 200, "100": 600, "500": 1000, "all": 2000},
-        "resnet18": {"20": 200, "100": 400, "500": 800, "all": 1500},
-        "resnet18_pooled": {"20": 500, "100": 500},
+        "resnet18": {"20": 400, "100": 800, "500": 800},
+        "lite0": {"20": 400, "100": 500, "500": 600},
+        "swin": {"20": 300, "100": 500, "500": 500, "all": 1000},
     },
     batch_size=64,
-    flow=("--coupling", "affine", "--steps", "600", "--rank", "64", "--eval-every", "100000", "--save-every", "250"),
+    flow=tuple("--coupling affine --opt muon --lr 0.007 --steps 600 --rank 64 --eval-every 100000".split()),
     settings=SETTINGS,
-    tuned_on=("swin", "100"),
+    tuned_on=("resnet18", "100"),
 )
 SMOKE = Setup(
     dataset="digits",
@@ -177,25 +170,28 @@ def base_of(arm: str) -> str:
 
 
 def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
-    """Every run, in the order in which they are worth having; all arms and sizes of a seed together."""
-    few, whole = [], []
+    """Every run, in the order in which they are worth having."""
+    main, further, whole = [], [], []
     for name, sizes in setup.steps.items():
-        small = [size for size in sizes if size != "all"]
+        few, *more = (size for size in sizes if size != "all")
         rivals = RIVALS if name in setup.with_rivals else ()
-        for part in (MAIN_ARMS, OTHER_ORDER if name in setup.both_orders else (), PER_AXIS, rivals):
-            few += [Cell(name, size, arm, seed) for seed in seeds for size in small for arm in part]
+        others = FORMS + (OTHER_ORDER if name in setup.both_orders else ()) + rivals
+        main += [Cell(name, size, arm, seed) for size in (few, *more) for seed in seeds for arm in MAIN_ARMS]
+        further += [Cell(name, few, arm, seed) for seed in seeds for arm in others]
         if "all" in sizes:
             whole += [Cell(name, "all", arm, seed) for seed in seeds if seed < WHOLE_SEEDS for arm in MAIN_ARMS]
-    return few + whole
+    return main + further + whole
 
 
 def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:
     """Options of ``finetune.py`` for the classifier of a cell."""
     parser, own = classifier_parser(""), setup.settings.get(cell.arm, {})
     mixing = {name: own[name] for name in ("mixup", "cutmix") if name in own}
+    transforms = ARMS[cell.arm][0]
+    standard = setup.settings["standard"] if transforms else {}
     steps = setup.length or setup.steps[cell.classifier][cell.size]
     common = {"weight_decay": 0.05, "warmup_share": 0.1, "batch_size": setup.batch_size, "seed": cell.seed}
-    options = NO_CROP | common | mixing | setup.classifiers[cell.classifier] | ARMS[cell.arm][0]
+    options = NO_CROP | common | mixing | setup.classifiers[cell.classifier] | transforms | standard
     parser.set_defaults(**options, steps=steps)
     return parser.parse_args([])
 
