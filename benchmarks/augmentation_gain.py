@@ -127,13 +127,13 @@ def clock(budget_hours: float) -> Callable[[], bool]:
 def work(args: argparse.Namespace, command: str) -> str:
     """Do what the options ask for; returns the table."""
     setup, more = create_setup(args), clock(args.budget_hours)
+    if args.tune:
+        return tune(setup, command, args.settings, more).read_text()
     recall(args.output.with_suffix(".jsonl"), setup)
     everything = cells(setup, args.seeds)
     wanted = chosen_cells(args.cells, everything)
     if args.plan:
         return plan(wanted, setup)
-    if args.tune:
-        return tune(setup, command, args.settings, more).read_text()
     for cell in wanted:
         if not more():
             break
