@@ -24,10 +24,10 @@ differences: of arms with flow mixup beside `standard` against `standard`, of al
 batches that were cropped and RandAugmented. `axes` is flow mixup with a weight for each class axis and the spread of
 the class kept; `axes+standard` is compared with `flow+standard`. `axes-or-standard` moves the images first too, but
 those that were moved are cropped, flipped and erased only, not RandAugmented. `spared` is its control: the same images
-are spared RandAugment, but none is moved. Flows saw the training images of their run only, never augmented. Last loss:
-mean cross entropy of the last training batch, augmented as the arm does. Share: images that came back changed, of all
-that went through (`FlowMixupTransform.counts`; of `spared`, those spared). Times are those of an image in the runs,
-beside whatever else ran."""
+are spared RandAugment, but none is moved. Flows saw the training images of their run only, mirrored or not and shifted
+by a pixel at most, as the data set's recipe has it. Last loss: mean cross entropy of the last training batch, augmented
+as the arm does. Share: images that came back changed, of all that went through (`FlowMixupTransform.counts`; of
+`spared`, those spared). Times are those of an image in the runs, beside whatever else ran."""
 
 
 def read_results(cells: list[Cell], setup: Setup) -> dict[Cell, dict]:
