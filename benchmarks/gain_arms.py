@@ -142,14 +142,14 @@ FULL = Setup(
     with_rivals=("swin",),
     both_orders=("lite0",),
     steps={
-        "resnet18": {"20": 400, "100": 800, "500": 800},
+        "resnet18": {"20": 400, "100": 1600, "500": 1600},
         "lite0": {"20": 400, "100": 500, "500": 600},
         "swin": {"20": 300, "100": 500, "500": 500, "all": 1000},
     },
     batch_size=64,
     flow=tuple("--coupling affine --opt muon --lr 0.007 --steps 600 --rank 64 --eval-every 100000".split()),
     settings=SETTINGS,
-    tuned_on=("resnet18", "100"),
+    tuned_on=("resnet18", "20"),
 )
 SMOKE = Setup(
     dataset="digits",

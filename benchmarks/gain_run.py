@@ -56,7 +56,7 @@ def run(cell: Cell, setup: Setup) -> dict:
     result = work(args, sets, transform, path.with_suffix(""), " ".join(map(str, cell)))
     made = {"date": time.strftime("%Y-%m-%d"), "machine": machine_name(), "options": identity(cell, setup)}
     write_json(path, {**cell._asdict(), **result, **made})
-    return result
+    return json.loads(path.read_text())
 
 
 def recall(path: Path, setup: Setup) -> None:

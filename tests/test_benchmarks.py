@@ -206,7 +206,7 @@ def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_pat
 
 
 def test_tuning_keeps_the_best_value_of_each_setting_in_turn(benchmark, tmp_path, monkeypatch):
-    tuning = benchmark("gain_tuning")
+    tuning, run = benchmark("gain_tuning"), benchmark("gain_run")
     score = lambda own: -((own["p"] - 1) ** 2) - (own["rank"] - own["p"] * 16) ** 2  # noqa: E731
     best, tried = tuning.search({"p": 0.5, "rank": 8}, {"p": (1.0,), "rank": (4, 16)}, score)
     assert best == {"p": 0.5, "rank": 8}  # p = 1 needs rank 16, which comes later
@@ -221,6 +221,9 @@ def test_tuning_keeps_the_best_value_of_each_setting_in_turn(benchmark, tmp_path
     assert text.count("| * |") == 2
     results = [json.loads(p.read_text()) for p in (tmp_path / "results").glob("*.json")]
     assert {(r["seed"], r["options"]["held_out"]) for r in results} == {(1000, 5000)}
+    monkeypatch.setattr(tuning, "run", lambda cell, setup: json.loads(run.result_path(cell, setup).read_text()))
+    gain.main(["--smoke", "--tune", "--steps", "1", "--settings", str(path), "--folder", str(tmp_path / "clone")])
+    assert json.loads(path.read_text()) == chosen
 
 
 def test_paper_tables_measures_every_draw_once(benchmark, tmp_path, monkeypatch, capsys):
