@@ -46,13 +46,14 @@ def search(start: dict, grid: dict, score: Callable[[dict], float]) -> tuple[dic
     return best, tried
 
 
-def tune(setup: Setup, command: str, path: Path, more: Callable[[], bool]) -> Path:
+def tune(setup: Setup, names: list[str], command: str, path: Path, more: Callable[[], bool]) -> Path:
     """Choose settings, those of the standard augmentation first, beside which flow mixup is then judged.
 
     The runs are kept beside the settings, one a line of JSON, and not repeated by another clone.
 
     Args:
         setup: of the benchmark.
+        names: of what to choose the settings, among ``GRID``.
         command: to say in the table.
         path: the file of the settings, JSON; the table goes beside it.
         more: whether there is time for further settings.
@@ -63,8 +64,8 @@ def tune(setup: Setup, command: str, path: Path, more: Callable[[], bool]) -> Pa
     setup, rows, kept = replace(setup, held_out=HELD_OUT), [], path.with_suffix(".jsonl")
     recall(kept, setup)
     for name, grid in GRID.items():
-        if not more():
-            break
+        if name not in names or not more():
+            continue
         best, tried = search(setup.settings[name], grid, functools.partial(score, setup, kept, name))
         setup = replace(setup, settings=setup.settings | {name: best})
         rows += [(name, *each, best[each[0]] == each[1]) for each in tried]

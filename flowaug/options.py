@@ -169,15 +169,9 @@ def _add_flow_aug_options(parser) -> None:
     flow.add_argument("--flow-aug-alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")
     flow.add_argument("--flow-aug-partner", default="bank", choices=PARTNERS, help="where partners come from")
     flow.add_argument("--flow-aug-rank", type=int, help="leading class axes to move along; default: all fitted")
-    flow.add_argument(
-        "--flow-aug-per-axis", action="store_true", default=None, help="a weight for each axis, not one for all of them"
-    )
-    flow.add_argument(
-        "--flow-aug-rescaled",
-        action="store_true",
-        default=None,
-        help="keep the spread of a class, which mixing shrinks",
-    )
+    switch = argparse.BooleanOptionalAction
+    flow.add_argument("--flow-aug-per-axis", action=switch, help="a weight for each axis, not one for all of them")
+    flow.add_argument("--flow-aug-rescaled", action=switch, help="keep the spread of a class, which mixing shrinks")
     flow.add_argument("--flow-aug-policy", type=Path, metavar="JSON", help="p, alpha and rank of single classes")
     flow.add_argument("--flow-aug-off-epoch", type=int, metavar="N", help="no flow augmentation from epoch N on")
     flow.add_argument(

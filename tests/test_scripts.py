@@ -130,12 +130,16 @@ def test_timm_and_teachers_are_loaded_from_the_folder_of_finetune(tmp_path):
 def test_options_of_the_mixture_reach_the_transform():
     options = ["--flow-aug", "digits", "--flow-aug-p", "1", "--flow-aug-rank", "8", "--cpu"]
     plans = []
-    for more in ([], ["--flow-aug-per-axis", "--flow-aug-rescaled"]):
+    for more in (
+        ["--no-flow-aug-per-axis", "--no-flow-aug-rescaled"],
+        ["--flow-aug-per-axis", "--flow-aug-rescaled"],
+        [],
+    ):
         args = finetune.parse_args([*options, *more])
         accelerator = finetune.create_accelerator(args)
         plans.append(finetune.load_flow_mixup(args, load_dataset("digits"), accelerator).plan(torch.zeros(5).long()))
-    assert [plan.rescaled for plan in plans] == [False, True]
-    assert [len(plan.weight[0].unique()) for plan in plans] == [1, 8]
+    assert [plan.rescaled for plan in plans] == [False, True, True]
+    assert [len(plan.weight[0].unique()) for plan in plans] == [1, 8, 8]  # the last is the recipe's
 
 
 def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path, killed_at):
