@@ -56,14 +56,14 @@ def image_grid(images: Images, path, row_labels=None, column_labels=None, title=
 
 
 def augmentation_grid(
-    originals: Images, partners: Images | None, augmented: Mapping[float, Images], labels, path, title=None
+    originals: Images, partners: Images | None, augmented: Mapping[float | str, Images], labels, path, title=None
 ) -> Path:
-    """Write one row per image: the original, its mixtures by rising weight of the partner, the partner.
+    """Write one row per image: the original, its mixtures by rising weight, those with a name, and the partner.
 
     Args:
         originals: ``(N, C, H, W)``.
         partners: ``(N, C, H, W)``, or None.
-        augmented: mixing weight to ``(N, C, H, W)``.
+        augmented: mixing weight, or a name, to ``(N, C, H, W)``.
         labels: N class names.
         path: the PNG.
         title: a line above.
@@ -71,7 +71,9 @@ def augmentation_grid(
     Raises:
         ValueError: as :func:`image_grid`, or stacks of different shapes.
     """
-    stacks = {"original": originals, **{f"w = {w:g}": augmented[w] for w in sorted(augmented)}}
+    names = {key: key if isinstance(key, str) else f"w = {key:g}" for key in augmented}
+    keys = sorted(augmented, key=lambda key: (isinstance(key, str), key))
+    stacks = {"original": originals, **{names[key]: augmented[key] for key in keys}}
     if partners is not None:
         stacks["partner"] = partners
     shapes = {name: tuple(stack.shape) for name, stack in stacks.items()}

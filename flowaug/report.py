@@ -1,5 +1,6 @@
 """What a training leaves for people and machines: metrics, pictures, the folder of a flow and its model card."""
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from flowaug.pca import ClasswisePCA
 from flowaug.plots import augmentation_grid, curves, image_grid
 from flowaug.transform import FlowMixupTransform
 
-PREVIEW_WEIGHTS = (0.25, 0.5, 0.75, 1.0)
+PREVIEW_WEIGHTS, PREVIEW_SEEDS = (0.25, 0.5, 0.75, 1.0), (1, 2)
 PROGRESS_IMAGES, PROGRESS_RANK = 640, 8
 MOMENTS = "moments.safetensors"
 
@@ -192,6 +193,8 @@ def class_labels(flow: Flow, labels: Iterable[int]) -> list[str]:
 def draw_augmented(transform: FlowMixupTransform, x: Tensor, y: Tensor, path: Path) -> Path:
     """Draw original and mixed images for several weights as PNG, one row per image.
 
+    With a weight for each axis, some mixed as the transform draws them follow.
+
     Args:
         transform: the augmentation; its flow and axes are used, not its generator.
         x: images (B, C, H, W), of the range and normalisation that ``transform`` expects.
@@ -200,9 +203,13 @@ def draw_augmented(transform: FlowMixupTransform, x: Tensor, y: Tensor, path: Pa
     """
     device = transform.pca.axes.device
     x, y = x.to(device), y.to(device)
-    augmented = {w: transform.pixels(transform.apply(x, y, fixed_plan(transform, y, w))) for w in PREVIEW_WEIGHTS}
-    labels = class_labels(transform.flow, y.tolist())
+    plans = {w: fixed_plan(transform, y, w) for w in PREVIEW_WEIGHTS}
     title = "flow mixup with a training image of the same class; w = share of the partner"
+    if transform.sampler.per_axis:
+        plans |= {f"drawn {seed}": drawn_plan(transform, y, seed) for seed in PREVIEW_SEEDS}
+        title += "; drawn: a weight for each axis, as in training"
+    augmented = {name: transform.pixels(transform.apply(x, y, plan)) for name, plan in plans.items()}
+    labels = class_labels(transform.flow, y.tolist())
     return augmentation_grid(transform.pixels(x), None, augmented, labels, path, title=title)
 
 
@@ -213,6 +220,15 @@ def fixed_plan(transform: FlowMixupTransform, y: Tensor, weight: float, seed: in
     partner = pca.offsets[y] + (u * pca.count[y]).long()
     index = torch.arange(len(y), device=y.device)
     return MixPlan(index, torch.full((len(y), transform.sampler.policy.max_rank), weight, device=y.device), partner)
+
+
+def drawn_plan(transform: FlowMixupTransform, y: Tensor, seed: int) -> MixPlan:
+    """A plan as the transform draws them, but of every image, and by another generator."""
+    sampler = copy.copy(transform.sampler)
+    sampler.policy = copy.copy(sampler.policy)
+    sampler.policy.p, sampler.policy.max_p = torch.ones_like(sampler.policy.p), 1.0
+    sampler.reseed(seed)
+    return sampler(y)
 
 
 def model_card(flow: Flow, pca: ClasswisePCA, dataset: str, recipe: dict, summary: dict) -> str:

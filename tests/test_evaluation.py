@@ -9,7 +9,7 @@ from flowaug import FlowMixupTransform
 from flowaug.data import ImageDataset
 from flowaug.evaluation import label_preservation, write_report
 from flowaug.oracle import Oracle, load_oracle, small_oracle
-from flowaug.report import fixed_plan
+from flowaug.report import draw_augmented, drawn_plan, fixed_plan
 from tests.conftest import NAMES, make_flow, make_pca
 
 WEIGHTS = (0.0, 0.5, 1.0)
@@ -55,6 +55,21 @@ def test_report_equals_a_direct_computation(transform, batch):
         assert row["kept"] == row["accuracy"]
         assert row["per_class"] == [right[targets == k].double().mean().item() for k in range(3)]
         assert row["rms_distance"] == pytest.approx((augmented - x).square().mean().sqrt().item(), abs=1e-6)
+
+
+def test_preview_of_weights_for_each_axis_shows_draws_of_every_image(flow, pca, batch, tmp_path):
+    x, y = batch[0][:3].float() / 255, batch[1][:3]
+    one, each = (FlowMixupTransform(flow, pca, p=0.1, per_axis=per_axis) for per_axis in (False, True))
+    state = each.sampler.rng.bit_generator.state
+    plan = drawn_plan(each, y, 1)
+    assert plan.chosen.all()
+    assert len(plan.index) == 3
+    assert len(plan.weight.unique()) == plan.weight.numel()
+    pictures = [draw_augmented(t, x, y, tmp_path / f"{t is each}.png") for t in (one, each)]
+    with Image.open(pictures[0]) as narrow, Image.open(pictures[1]) as wide:
+        assert wide.width > narrow.width
+    assert each.sampler.rng.bit_generator.state == state
+    assert each.sampler.policy.max_p == 0.1
 
 
 def test_weight_zero_moves_nothing_and_weights_move_ever_further(transform, batch):

@@ -70,10 +70,11 @@ def test_small_images_grow_with_their_column_labels():
     assert _readable_scale(8, 8, ["x" * 200]) == 20
 
 
-def test_augmentation_grid_orders_columns_by_weight_with_the_partner_last(tmp_path):
+@pytest.mark.parametrize("last", [0.5, "0 drawn"])
+def test_augmentation_grid_orders_columns_by_weight_then_name_with_the_partner_last(tmp_path, last):
     levels = {name: torch.full((1, 1, 80, 80), value) for name, value in zip("oabp", (0.1, 0.2, 0.3, 0.4), strict=True)}
     path = augmentation_grid(
-        levels["o"], levels["p"], {0.5: levels["b"], 0.25: levels["a"]}, ["cat"], tmp_path / "a.png"
+        levels["o"], levels["p"], {last: levels["b"], 0.25: levels["a"]}, ["cat"], tmp_path / "a.png"
     )
     row = read(path)[-42, -(12 + 4 * 80 + 2 * 16 + 4) :, 0]  # gaps: wide, narrow, wide
     assert [row[40], row[136], row[220], row[316]] == [26, 51, 76, 102]
