@@ -24,7 +24,7 @@ Hours on two cores, two processes, from the times per image of 2026-11-25 on an 
 | runs | hours |
 |---|---|
 | lite0, main arms of three sizes | 1.8 |
-| resnet18, main arms of three sizes | 2.1 |
+| resnet18, main arms of three sizes | 3.7 |
 | swin, main arms of three sizes, and of all images | 3.4, 1.5 |
 | the further arms of all three | 3.1 |
 | flows | 0.4 |

@@ -55,8 +55,9 @@ def run(cell: Cell, setup: Setup) -> dict:
     transform, work = create_transform(cell, setup, sets[0]), on_copies if cell.arm in FIRST else train
     result = work(args, sets, transform, path.with_suffix(""), " ".join(map(str, cell)))
     made = {"date": time.strftime("%Y-%m-%d"), "machine": machine_name(), "options": identity(cell, setup)}
-    write_json(path, {**cell._asdict(), **result, **made})
-    return json.loads(path.read_text())
+    whole = {**cell._asdict(), **result, **made}
+    write_json(path, whole)
+    return whole
 
 
 def recall(path: Path, setup: Setup) -> None:

@@ -1,5 +1,6 @@
 """Same-label mixup along the principal axes of a class: drawing a plan, and carrying it out."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -109,6 +110,12 @@ class MixPolicy:
         """Move the tables to a device, in place."""
         self.p, self.alpha_index, self.rank = (t.to(device) for t in (self.p, self.alpha_index, self.rank))
         return self
+
+    def always(self) -> "MixPolicy":
+        """The same policy, but every sample takes part."""
+        other = copy.copy(self)
+        other.p, other.max_p = torch.ones_like(self.p), 1.0
+        return other
 
     @staticmethod
     def _label(name: str, class_names: tuple[str, ...] | None) -> int:

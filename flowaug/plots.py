@@ -71,9 +71,9 @@ def augmentation_grid(
     Raises:
         ValueError: as :func:`image_grid`, or stacks of different shapes.
     """
-    names = {key: key if isinstance(key, str) else f"w = {key:g}" for key in augmented}
     keys = sorted(augmented, key=lambda key: (isinstance(key, str), key))
-    stacks = {"original": originals, **{names[key]: augmented[key] for key in keys}}
+    mixtures = {key if isinstance(key, str) else f"w = {key:g}": augmented[key] for key in keys}
+    stacks = {"original": originals, **mixtures}
     if partners is not None:
         stacks["partner"] = partners
     shapes = {name: tuple(stack.shape) for name, stack in stacks.items()}

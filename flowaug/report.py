@@ -225,8 +225,7 @@ def fixed_plan(transform: FlowMixupTransform, y: Tensor, weight: float, seed: in
 def drawn_plan(transform: FlowMixupTransform, y: Tensor, seed: int) -> MixPlan:
     """A plan as the transform draws them, but of every image, and by another generator."""
     sampler = copy.copy(transform.sampler)
-    sampler.policy = copy.copy(sampler.policy)
-    sampler.policy.p, sampler.policy.max_p = torch.ones_like(sampler.policy.p), 1.0
+    sampler.policy = sampler.policy.always()
     sampler.reseed(seed)
     return sampler(y)
 
