@@ -45,7 +45,7 @@ from flowaug.options import check_disagreements, classifier_parser
 from flowaug.plan import classifier_plan
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
-from flowaug.report import MetricsLog, RunningMean, draw_augmented
+from flowaug.report import MetricsLog, RunningMean, describe_mixing, draw_augmented
 from flowaug.shardlists import is_shards
 from flowaug.state import Run, sole_writer
 from flowaug.streams import count_skipped
@@ -283,6 +283,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(
             f"test accuracy {summary['top1']:.4f} (top-5 {summary['top5']:.4f}) on {summary['images']} images"
         )
+        if "flow_aug" in summary:
+            accelerator.print(describe_mixing(summary["flow_aug"]))
         names = "metrics.json, curves.png" + (", augmented.png (before/after)" if args.flow_aug else "")
         accelerator.print(f"outputs in {args.output}: {names}")
         accelerator.print(f"load it by timm.create_model('local-dir:{args.output}', pretrained=True)")

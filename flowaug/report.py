@@ -263,5 +263,17 @@ x, y = flow_mixup(x, y)  # x in [0, 1] or uint8, y integer labels
 """
 
 
+def describe_mixing(counts: dict[str, int]) -> str:
+    """One sentence on what `FlowMixupTransform.counts` come to, and a way out where the guard refused much."""
+    seen, drawn = counts["seen"], sum(counts.values()) - counts["seen"]
+    text = f"flow mixup changed {counts['augmented'] / max(seen, 1):.0%} of the images"
+    if 4 * counts["refused"] <= drawn:
+        return text
+    return (
+        f"{text}; {counts['refused'] / drawn:.0%} of those drawn went back as they came: the flow has not seen the "
+        "like of them; move them before --aa changes them (--flow-aug-copies N) or train the flow for longer"
+    )
+
+
 def _show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

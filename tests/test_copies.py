@@ -15,6 +15,7 @@ from flowaug.data import ImageDataset
 from flowaug.export import CHUNK, export
 from flowaug.finetuning import create_copies
 from flowaug.loaders import seeded
+from flowaug.report import describe_mixing
 from tests.conftest import NAMES, make_flow, make_pca
 
 QUICK = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu", "--batch-size", "16"]
@@ -127,10 +128,20 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
     assert "0.00 GiB on the host for the copies" in plan
     finetune.main([*options, "--output", str(tmp_path / "out")])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    share = f"{metrics['flow_aug']['augmented'] / 160:.0%}"
+    assert f"flow mixup changed {share} of the images\n" in capsys.readouterr().out
     assert metrics["steps"] == 10  # 80 images, batches of 16, two epochs
     assert metrics["flow_aug"]["seen"] == 160  # two copies of each
     assert metrics["flow_aug"]["refused"] == 0  # the flow meets digits as it knows them
     assert metrics["flow_aug"]["augmented"] > 50
+
+
+def test_much_that_the_guard_refuses_is_said_with_a_way_out():
+    few, much = ({"seen": 40, "augmented": 20 - n, "refused": n, "no_partner": 0} for n in (5, 8))
+    assert describe_mixing(few) == "flow mixup changed 38% of the images"
+    assert "changed 30% of the images; 40% of those drawn went back" in describe_mixing(much)
+    assert "--flow-aug-copies N" in describe_mixing(much)
+    assert describe_mixing(dict.fromkeys(much, 0)) == "flow mixup changed 0% of the images"
 
 
 @pytest.mark.parametrize("more", [[], ["--aa", "rand-m9-mstd0.5-inc1", "--flow-aug-or-aa"]], ids=["plain", "or-aa"])
