@@ -24,10 +24,10 @@ Hours on two cores, two processes, from the times per image of 2026-11-25 on an 
 
 | runs | hours |
 |---|---|
-| lite0, main arms of three sizes | 1.8 |
-| resnet18, main arms of three sizes | 3.7 |
-| swin, main arms of three sizes, and of all images | 3.4, 1.5 |
-| the further arms of all three | 3.1 |
+| lite0, main arms of three sizes | 3.1 |
+| resnet18, main arms of three sizes | 4.2 |
+| swin, main arms of three sizes, and of all images | 4.5, 1.4 |
+| swin, the further arms | 4.1 |
 | flows | 0.4 |
 | --tune standard flow axes; of the rivals (one process) | 2.6, 2.0 |
 """
