@@ -263,15 +263,21 @@ x, y = flow_mixup(x, y)  # x in [0, 1] or uint8, y integer labels
 """
 
 
-def describe_mixing(counts: dict[str, int]) -> str:
-    """One sentence on what `FlowMixupTransform.counts` come to, and a way out where the guard refused much."""
+def describe_mixing(counts: dict[str, int], moved_first: bool) -> str:
+    """One sentence on what `FlowMixupTransform.counts` come to, and a way out where the guard refused much.
+
+    Args:
+        counts: of every image that went through.
+        moved_first: whether the flow got the images before any other transform did.
+    """
     seen, drawn = counts["seen"], sum(counts.values()) - counts["seen"]
     text = f"flow mixup changed {counts['augmented'] / max(seen, 1):.0%} of the images"
     if 4 * counts["refused"] <= drawn:
         return text
+    sooner = "" if moved_first else "move them before --aa changes them (--flow-aug-copies N) or "
     return (
         f"{text}; {counts['refused'] / drawn:.0%} of those drawn went back as they came: the flow has not seen the "
-        "like of them; move them before --aa changes them (--flow-aug-copies N) or train the flow for longer"
+        f"like of them; {sooner}train the flow for longer"
     )
 
 
