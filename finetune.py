@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
             f"test accuracy {summary['top1']:.4f} (top-5 {summary['top5']:.4f}) on {summary['images']} images"
         )
         if "flow_aug" in summary:
-            accelerator.print(describe_mixing(summary["flow_aug"], args.flow_aug_copies is not None))
+            accelerator.print(describe_mixing(summary["flow_aug"], moved_first=args.flow_aug_copies is not None))
         names = "metrics.json, curves.png" + (", augmented.png (before/after)" if args.flow_aug else "")
         accelerator.print(f"outputs in {args.output}: {names}")
         accelerator.print(f"load it by timm.create_model('local-dir:{args.output}', pretrained=True)")

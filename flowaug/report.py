@@ -263,7 +263,7 @@ x, y = flow_mixup(x, y)  # x in [0, 1] or uint8, y integer labels
 """
 
 
-def describe_mixing(counts: dict[str, int], moved_first: bool) -> str:
+def describe_mixing(counts: dict[str, int], *, moved_first: bool) -> str:
     """One sentence on what `FlowMixupTransform.counts` come to, and a way out where the guard refused much.
 
     Args:
