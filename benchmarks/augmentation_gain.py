@@ -24,7 +24,7 @@ Hours on two cores, two processes, from the times per image of 2026-11-25 on an 
 
 | runs | hours |
 |---|---|
-| lite0, main arms of three sizes | 3.1 |
+| lite0, main arms of three sizes | 6.5 |
 | resnet18, main arms of three sizes | 4.2 |
 | swin, main arms of three sizes, and of all images | 4.5, 1.4 |
 | swin, the further arms | 4.1 |
