@@ -1,14 +1,16 @@
 """Every recipe is a whole document, and its quick mode runs here."""
 
 import argparse
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import finetune
 import train_flow
-from flowaug.recipes import FOLDER, WORDS, load_recipe, parse_with_recipe
+from flowaug.recipes import FOLDER, WORDS, deciding_options, load_recipe, parse_with_recipe
 
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 SCRIPTS = {"flow": train_flow, "classifier": finetune}
@@ -111,3 +113,23 @@ def test_a_recipe_may_set_what_has_a_default(tmp_path):
         for extra in ([], ["--speed", "2"], ["--quick"])
     ]
     assert speeds == [5, 2, 9]
+
+
+def test_the_recipe_of_few_images_is_what_was_measured(monkeypatch):
+    benchmarks = FOLDER.parent / "benchmarks"
+    monkeypatch.syspath_prepend(benchmarks)
+    arms, recipe = importlib.import_module("gain_arms"), ["--recipe", str(FOLDER / "few_images_fashion_mnist.yaml")]
+    setup = replace(arms.FULL, settings=json.loads((benchmarks / "tuning.json").read_text()))
+    cell = arms.Cell("lite0", "20", "axes+standard", seed=0)
+    pairs = [
+        (train_flow.parse_args(recipe), train_flow.parse_args(arms.flow_options(cell, setup)), {"eval_every"}),
+        (finetune.parse_args(recipe), arms.options_of(cell, setup), {"dataset", "images_per_class"}),
+    ]
+    for ours, measured, apart in pairs:
+        ours, measured = (deciding_options(options, ()) for options in (ours, measured))
+        others = {name for name in ours if ours[name] != measured[name] and not name.startswith("flow_aug")}
+        assert others == apart
+    axes = setup.settings["flow"] | setup.settings["axes"]
+    assert (ours["flow_aug_p"], ours["flow_aug_alpha"]) == (axes["p"], axes["alpha"])
+    assert (ours["flow_aug_per_axis"], ours["flow_aug_rescaled"]) == (axes["per_axis"], axes["rescaled"])
+    assert ours["flow_aug_copies"] == ours["steps"] * ours["batch_size"] // 200
