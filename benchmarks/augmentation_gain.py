@@ -29,7 +29,7 @@ Hours on two cores, two processes, from the times per image of 2026-11-25 on an 
 | swin, main arms of three sizes, and of all images | 4.5, 1.4 |
 | swin, the further arms | 4.1 |
 | flows | 0.4 |
-| --tune standard flow axes; of the rivals (one process) | 2.6, 2.0 |
+| --tune standard flow axes; of the rivals (one process, --steps 400) | 2.6, 2.0 |
 """
 
 import argparse
