@@ -132,4 +132,4 @@ def test_the_recipe_of_few_images_is_what_was_measured(monkeypatch):
     axes = setup.settings["flow"] | setup.settings["axes"]
     assert (ours["flow_aug_p"], ours["flow_aug_alpha"]) == (axes["p"], axes["alpha"])
     assert (ours["flow_aug_per_axis"], ours["flow_aug_rescaled"]) == (axes["per_axis"], axes["rescaled"])
-    assert ours["flow_aug_copies"] == ours["steps"] * ours["batch_size"] // 200
+    assert ours["flow_aug_copies"] == ours["steps"] * ours["batch_size"] // (10 * ours["images_per_class"])
