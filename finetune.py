@@ -189,7 +189,7 @@ class Training:
         if done % evaluation_steps(self.steps, self.per_epoch) == 0 or done == self.steps:
             judged = self.model if self.averaged is None else self.averaged.module
             values = accuracy(judged, self.loaders[1], self.pipeline, self.device, self.accelerator.reduce, self.real)
-            self.log.write(done, {"train_loss": self.mean_loss.value, **values}, bar)
+            self.log.write(done, {"train_loss": self.mean_loss.read(), **values}, bar)
         if done % self.args.save_every == 0 and self.main:
             self.state.save(done)
 

@@ -83,7 +83,7 @@ class MetricsLog:
 
 
 class RunningMean:
-    """Mean of a loss since the start of the run; nothing is read back from the device before ``value``."""
+    """Mean of a loss since it was last read; nothing comes back from the device before that."""
 
     def __init__(self, device: torch.device):
         self.total, self.count = torch.zeros((), device=device), 0
@@ -92,10 +92,11 @@ class RunningMean:
         """Count one more loss."""
         self.total, self.count = self.total + loss, self.count + 1
 
-    @property
-    def value(self) -> float:
-        """The mean so far."""
-        return self.total.item() / self.count
+    def read(self) -> float:
+        """The mean of the losses since the last reading, of which there is at least one; begins anew."""
+        mean = self.total.item() / self.count
+        self.total, self.count = torch.zeros_like(self.total), 0
+        return mean
 
     def state_dict(self) -> dict:
         """Sum and count."""
