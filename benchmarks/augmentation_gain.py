@@ -15,10 +15,11 @@ mixup of pixels and of whole latents, noise on the latents, draws from the class
 images of its run only. All arms share one loop, and weights, order and number of steps of their seed; the test images
 are judged once, at the end.
 
-A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. A report also keeps
-its runs beside it, one a line of ``RESULTS.jsonl``: where they are committed, another clone goes on from them. Two
-processes on one core each (``--threads 1``) are faster than one on two: give them other --seeds, so that they do not
-train the same flow, and name one of all images with --full-flow. A report covers the --seeds that it is asked for.
+A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. A report covers the
+--cells and --seeds that it is asked for; all reports of a folder keep their runs there, a line each of RESULTS.jsonl:
+where they are committed, another clone goes on from them. Two processes on one core each (``--threads 1``) are faster
+than one on two: give them other --seeds, so that they do not train the same flow, and name one of all images with
+--full-flow.
 
 Hours on two cores, two processes, from the times per image of 2026-11-25 on an AMD EPYC (5 seeds, 3 for all images):
 
@@ -45,7 +46,7 @@ from pathlib import Path
 import torch
 from gain_arms import FULL, SMOKE, Cell, Setup, cells, options_of
 from gain_report import read_results, report
-from gain_run import load_sets, recall, result_path, run
+from gain_run import KEPT, load_sets, recall, result_path, run
 from gain_tuning import GRID, tune
 
 from flowaug.finetuning import create_classifier
@@ -132,16 +133,15 @@ def work(args: argparse.Namespace, command: str) -> str:
     setup, more = create_setup(args), clock(args.budget_hours)
     if args.tune is not None:
         return tune(setup, args.tune or list(GRID), command, args.settings, more).read_text()
-    recall(args.output.with_suffix(".jsonl"), setup)
-    everything = cells(setup, args.seeds)
-    wanted = chosen_cells(args.cells, everything)
+    recall(args.output.with_name(KEPT), setup)
+    wanted = chosen_cells(args.cells, cells(setup, args.seeds))
     if args.plan:
         return plan(wanted, setup)
     for cell in wanted:
         if not more():
             break
         run(cell, setup)
-    report(read_results(everything, setup), setup, command, args.output)
+    report(read_results(wanted, setup), setup, command, args.output)
     return args.output.read_text()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from few_labels import half_width, interval
 from gain_arms import ARMS, COMPETITORS, Cell, Setup, base_of
-from gain_run import keep, result_path
+from gain_run import KEPT, keep, result_path
 
 from flowaug.checkpoint import write_atomic
 from flowaug.plots import intervals
@@ -85,7 +85,7 @@ def table(results: dict[Cell, dict], classifier: str, size: str, setup: Setup) -
 
 def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) -> None:
     """Write ``path``, the picture beside it, and the runs that both are made of, one a line of JSON."""
-    keep(results.values(), path.with_suffix(".jsonl"))
+    keep(results.values(), path.with_name(KEPT))
     groups = list(dict.fromkeys(cell[:2] for cell in results))
     tables = "\n\n".join(table(results, *group, setup) for group in groups)
     seeds = ", ".join(map(str, sorted({cell.seed for cell in results})))

@@ -41,6 +41,7 @@ from flowaug.state import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+KEPT = "RESULTS.jsonl"  # the runs of all reports of a folder
 JUDGED, SAVE_EVERY = 250, 100  # images per pass of the evaluation; steps between states of a run
 
 

@@ -63,9 +63,11 @@ def test_augmentation_gain_runs_every_arm_reports_and_repeats_nothing(benchmark,
     shutil.rmtree(tmp_path / "runs")
     gain.main([*options, "--steps", "2"])
     assert (tmp_path / "R.md").read_text().split("## ")[1] == text.split("## ")[1]
+    gain.main([*options, "--steps", "2", "--cells", "tiny:8:nothing", "tiny:8:mixup", "--output", f"{tmp_path}/S.md"])
+    assert (tmp_path / "S.md").read_text().count(" | 1 | ") == 2  # another report, of the same runs
     gain.main([*options, "--steps", "3", "--budget-hours", "0"])
     assert "No pair of arms is finished yet" in (tmp_path / "R.md").read_text()
-    assert len((tmp_path / "R.jsonl").read_text().splitlines()) == len(results)  # runs of another length stay
+    assert len((tmp_path / "RESULTS.jsonl").read_text().splitlines()) == len(results)  # runs of another length stay
     capsys.readouterr()
     gain.main([*options, "--steps", "2", "--plan", "--cells", "tiny:*:flow"])
     assert "tiny:8:flow" in (plan := capsys.readouterr().out)
