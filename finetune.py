@@ -41,7 +41,7 @@ from flowaug.finetuning import (
 )
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
-from flowaug.options import check_disagreements, classifier_parser
+from flowaug.options import AFTER_AA, check_disagreements, classifier_parser
 from flowaug.plan import classifier_plan
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
@@ -112,6 +112,8 @@ def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator)
     """The flow augmentation that --flow-aug asks for, or None."""
     if not args.flow_aug:
         return None
+    if args.aa and not args.flow_aug_copies:
+        accelerator.print(AFTER_AA)
     return FlowMixupTransform.from_pretrained(
         find_flow(args, dataset, accelerator),
         accelerator.device,

@@ -15,6 +15,7 @@ from flowaug.data import ImageDataset
 from flowaug.export import CHUNK, export
 from flowaug.finetuning import create_copies
 from flowaug.loaders import seeded
+from flowaug.options import AFTER_AA
 from flowaug.report import describe_mixing
 from tests.conftest import NAMES, make_flow, make_pca
 
@@ -129,11 +130,18 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
     finetune.main([*options, "--output", str(tmp_path / "out")])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     share = f"{metrics['flow_aug']['augmented'] / 160:.0%}"
-    assert f"flow mixup changed {share} of the images\n" in capsys.readouterr().out
+    assert f"flow mixup changed {share} of the images\n" in (said := capsys.readouterr().out)
+    assert AFTER_AA not in said
     assert metrics["steps"] == 10  # 80 images, batches of 16, two epochs
     assert metrics["flow_aug"]["seen"] == 160  # two copies of each
     assert metrics["flow_aug"]["refused"] == 0  # the flow meets digits as it knows them
     assert metrics["flow_aug"]["augmented"] > 50
+
+
+def test_a_flow_that_gets_what_randaugment_has_changed_is_pointed_out_first(tmp_path, capsys):
+    options = ["--flow-aug", "digits", "--images-per-class", "8", *QUICK, "--steps", "1"]
+    finetune.main([*options, "--aa", "rand-m9-mstd0.5-inc1", "--output", str(tmp_path)])
+    assert capsys.readouterr().out.startswith(AFTER_AA)
 
 
 def test_much_that_the_guard_refuses_is_said_with_a_way_out():
