@@ -41,11 +41,11 @@ from flowaug.finetuning import (
 )
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
-from flowaug.options import AFTER_AA, check_disagreements, classifier_parser
+from flowaug.options import check_disagreements, classifier_parser
 from flowaug.plan import classifier_plan
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
-from flowaug.report import MetricsLog, RunningMean, describe_mixing, draw_augmented
+from flowaug.report import AFTER_AA, MetricsLog, RunningMean, describe_mixing, draw_augmented
 from flowaug.shardlists import is_shards
 from flowaug.state import Run, sole_writer
 from flowaug.streams import count_skipped

@@ -26,7 +26,7 @@ Hours on two cores, two processes, from the times per image of 2026-11-25 on an 
 | runs | hours |
 |---|---|
 | lite0, main arms of three sizes | 6.5 |
-| resnet18, main arms of three sizes | 7.9 |
+| resnet18, main arms of three sizes | 7.0 |
 | swin, main arms of three sizes, and of all images | 4.5, 1.4 |
 | swin, the further arms | 4.1 |
 | flows | 0.4 |

@@ -15,10 +15,6 @@ from flowaug.shardlists import is_shards
 
 COUPLINGS = ("additive", "affine", "matrix_exp")
 SCHEDULES = ("cosine", "tanh", "poly", "step")
-AFTER_AA = (
-    "the flow gets images that --aa has changed: train it with the same --aa, or let it move them first, in "
-    "--flow-aug-copies N"
-)
 
 
 def flow_parser(description: str) -> argparse.ArgumentParser:

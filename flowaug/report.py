@@ -22,6 +22,10 @@ from flowaug.transform import FlowMixupTransform
 PREVIEW_WEIGHTS, PREVIEW_SEEDS = (0.25, 0.5, 0.75, 1.0), (1, 2)
 PROGRESS_IMAGES, PROGRESS_RANK = 640, 8
 MOMENTS = "moments.safetensors"
+AFTER_AA = (
+    "the flow gets images that --aa has changed: train it with the same --aa, or let it move them first, in "
+    "--flow-aug-copies N"
+)
 
 
 class MetricsLog:

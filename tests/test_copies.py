@@ -15,8 +15,7 @@ from flowaug.data import ImageDataset
 from flowaug.export import CHUNK, export
 from flowaug.finetuning import create_copies
 from flowaug.loaders import seeded
-from flowaug.options import AFTER_AA
-from flowaug.report import describe_mixing
+from flowaug.report import AFTER_AA, describe_mixing
 from tests.conftest import NAMES, make_flow, make_pca
 
 QUICK = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu", "--batch-size", "16"]
