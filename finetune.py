@@ -26,6 +26,7 @@ import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, read_config
 from flowaug.classifier import accuracy, eval_transform
+from flowaug.describe import describe_order, describe_results
 from flowaug.finetuning import (
     count_steps,
     create_classifier,
@@ -45,7 +46,7 @@ from flowaug.options import check_disagreements, classifier_parser
 from flowaug.plan import classifier_plan
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
-from flowaug.report import AFTER_AA, MetricsLog, RunningMean, describe_mixing, draw_augmented
+from flowaug.report import MetricsLog, RunningMean, draw_augmented
 from flowaug.shardlists import is_shards
 from flowaug.state import Run, sole_writer
 from flowaug.streams import count_skipped
@@ -112,8 +113,8 @@ def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator)
     """The flow augmentation that --flow-aug asks for, or None."""
     if not args.flow_aug:
         return None
-    if args.aa and not args.flow_aug_copies:
-        accelerator.print(AFTER_AA)
+    if text := describe_order(args):
+        accelerator.print(text)
     return FlowMixupTransform.from_pretrained(
         find_flow(args, dataset, accelerator),
         accelerator.device,
@@ -282,14 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         summary = finetune(args, accelerator)
         if summary is None:
             return
-        accelerator.print(
-            f"test accuracy {summary['top1']:.4f} (top-5 {summary['top5']:.4f}) on {summary['images']} images"
-        )
-        if "flow_aug" in summary:
-            accelerator.print(describe_mixing(summary["flow_aug"], moved_first=args.flow_aug_copies is not None))
-        names = "metrics.json, curves.png" + (", augmented.png (before/after)" if args.flow_aug else "")
-        accelerator.print(f"outputs in {args.output}: {names}")
-        accelerator.print(f"load it by timm.create_model('local-dir:{args.output}', pretrained=True)")
+        accelerator.print(describe_results(args, summary))
         accelerator.end_training()
     except (ValueError, OSError) as error:
         sys.exit(f"finetune.py: {error}")

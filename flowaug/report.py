@@ -22,10 +22,6 @@ from flowaug.transform import FlowMixupTransform
 PREVIEW_WEIGHTS, PREVIEW_SEEDS = (0.25, 0.5, 0.75, 1.0), (1, 2)
 PROGRESS_IMAGES, PROGRESS_RANK = 640, 8
 MOMENTS = "moments.safetensors"
-AFTER_AA = (
-    "the flow gets images that --aa has changed: train it with the same --aa, or let it move them first, in "
-    "--flow-aug-copies N"
-)
 
 
 class MetricsLog:
@@ -266,24 +262,6 @@ x, y = flow_mixup(x, y)  # x in [0, 1] or uint8, y integer labels
 {json.dumps(recipe, indent=2)}
 ```
 """
-
-
-def describe_mixing(counts: dict[str, int], *, moved_first: bool) -> str:
-    """One sentence on what `FlowMixupTransform.counts` come to, and a way out where the guard refused much.
-
-    Args:
-        counts: of every image that went through.
-        moved_first: whether the flow got the images before any other transform did.
-    """
-    seen, drawn = counts["seen"], sum(counts.values()) - counts["seen"]
-    text = f"flow mixup changed {counts['augmented'] / max(seen, 1):.0%} of the images"
-    if 4 * counts["refused"] <= drawn:
-        return text
-    sooner = "" if moved_first else "move them before --aa changes them (--flow-aug-copies N) or "
-    return (
-        f"{text}; {counts['refused'] / drawn:.0%} of those drawn went back as they came: the flow has not seen the "
-        f"like of them; {sooner}train the flow for longer"
-    )
 
 
 def _show(value) -> str:

@@ -12,10 +12,10 @@ from flowaug import FlowMixupTransform
 from flowaug.classifier import train_transform
 from flowaug.copies import AugmentedCopies
 from flowaug.data import ImageDataset
+from flowaug.describe import describe_mixing, describe_order
 from flowaug.export import CHUNK, export
 from flowaug.finetuning import create_copies
 from flowaug.loaders import seeded
-from flowaug.report import AFTER_AA, describe_mixing
 from tests.conftest import NAMES, make_flow, make_pca
 
 QUICK = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu", "--batch-size", "16"]
@@ -130,7 +130,7 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     share = f"{metrics['flow_aug']['augmented'] / 160:.0%}"
     assert f"flow mixup changed {share} of the images\n" in (said := capsys.readouterr().out)
-    assert AFTER_AA not in said
+    assert "that --aa has changed" not in said
     assert metrics["steps"] == 10  # 80 images, batches of 16, two epochs
     assert metrics["flow_aug"]["seen"] == 160  # two copies of each
     assert metrics["flow_aug"]["refused"] == 0  # the flow meets digits as it knows them
@@ -138,19 +138,32 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
 
 
 def test_a_flow_that_gets_what_randaugment_has_changed_is_pointed_out_first(tmp_path, capsys):
-    options = ["--flow-aug", "digits", "--images-per-class", "8", *QUICK, "--steps", "1"]
-    finetune.main([*options, "--aa", "rand-m9-mstd0.5-inc1", "--output", str(tmp_path)])
-    assert capsys.readouterr().out.startswith(AFTER_AA)
+    options = [
+        "--flow-aug",
+        "digits",
+        "--images-per-class",
+        "8",
+        *QUICK,
+        "--steps",
+        "1",
+        "--aa",
+        "rand-m9-mstd0.5-inc1",
+    ]
+    finetune.main([*options, "--output", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.startswith("the flow gets images that --aa has changed: train it with the same --aa, or let it move")
+    assert describe_order(finetune.parse_args([*options, "--dataset", "wds/"])).endswith("with the same --aa")
+    assert describe_order(finetune.parse_args([*options, "--flow-aug-copies", "2"])) == ""
 
 
 def test_much_that_the_guard_refuses_is_said_with_a_way_out():
     few, much = ({"seen": 40, "augmented": 20 - n, "refused": n, "no_partner": 0} for n in (5, 8))
-    assert describe_mixing(few, moved_first=False) == "flow mixup changed 38% of the images"
-    said = describe_mixing(much, moved_first=False)
+    assert describe_mixing(few, could_move_first=True) == "flow mixup changed 38% of the images"
+    said = describe_mixing(much, could_move_first=True)
     assert "changed 30% of the images; 40% of those drawn went back" in said
-    assert "--flow-aug-copies N" in said
-    assert "like of them; train the flow for longer" in describe_mixing(much, moved_first=True)
-    assert describe_mixing(dict.fromkeys(much, 0), moved_first=True) == "flow mixup changed 0% of the images"
+    assert "(--flow-aug-copies N) or train the flow for longer" in said
+    assert "like of them; train the flow for longer" in describe_mixing(much, could_move_first=False)
+    assert describe_mixing(dict.fromkeys(much, 0), could_move_first=False) == "flow mixup changed 0% of the images"
 
 
 @pytest.mark.parametrize("more", [[], ["--aa", "rand-m9-mstd0.5-inc1", "--flow-aug-or-aa"]], ids=["plain", "or-aa"])
