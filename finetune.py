@@ -43,7 +43,7 @@ from flowaug.finetuning import (
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
 from flowaug.options import check_disagreements, classifier_parser
-from flowaug.plan import classifier_plan
+from flowaug.plan import classifier_plan, copies_memory
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
 from flowaug.report import MetricsLog, RunningMean, draw_augmented
@@ -103,10 +103,13 @@ def describe_flow(args: argparse.Namespace, dataset) -> str:
         return "none"
     if source := named_flow(args):
         config = read_config(source)
-        return f"{source}, {config['architecture']} for images {tuple(config['event_shape'])}"
-    options = flow_options(args, dataset)
-    trained = (options.output / CONFIG).is_file()
-    return f"{options.output}" + ("" if trained else f", trained first: {options.model}, {options.steps} steps at most")
+        text, shape = f"{source}, {config['architecture']}", tuple(config["event_shape"])
+    else:
+        options = flow_options(args, dataset)
+        text, shape = f"{options.output}", (dataset.channels, options.image_size, options.image_size)
+        if not (options.output / CONFIG).is_file():
+            text += f", trained first: {options.model}, {options.steps} steps at most"
+    return f"{text}, for images {shape}" + copies_memory(args.flow_aug_copies, len(dataset), shape)
 
 
 def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator) -> FlowMixupTransform | None:

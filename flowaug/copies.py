@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowaug.generation import CHUNK
-from flowaug.images import ImageDataset
-from flowaug.transform import FlowMixupTransform
-
-Augmented = tuple[dict[int, Image.Image], dict[int, bool]]  # by position in the data set
+from flowaug.images import ImageDataset, to_pixels
+from flowaug.transform import FlowMixupTransform, enlarge
 
 
 @dataclass(frozen=True)
@@ -37,33 +35,44 @@ def chunks(count: int, copies: range) -> list[Chunk]:
     return [Chunk(c, start, min(start + CHUNK, count)) for c in copies for start in range(0, count, CHUNK)]
 
 
-def augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk, seed: int) -> Augmented:
-    """The images of a chunk, and which of them the flow has moved; those of one size go through it together.
+def augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk, seed: int) -> dict[int, Image.Image]:
+    """The images of a chunk by their position, each at its own size; those of copy 0 as they are."""
+    images = {i: dataset.image(i) for i in chunk.indices}
+    if chunk.copy == 0:
+        return images
+    size = transform.flow.event_shape[1:]
+    small = torch.stack([_to_tensor(to_pixels(image, size, dataset.channels)) for image in images.values()])
+    mixed = mix_chunk(transform, small, dataset.targets, chunk, seed)
+    return {i: merge(image, *pair) for (i, image), *pair in zip(images.items(), small, mixed, strict=True)}
+
+
+def mix_chunk(transform: FlowMixupTransform, small: Tensor, targets: np.ndarray, chunk: Chunk, seed: int) -> Tensor:
+    """The images of a chunk, uint8 (B, C, H, W) at the flow's size, as mixed on the transform's device.
 
     The random choices depend on the seed, the copy and the chunk's place alone.
     """
-    images = {i: dataset.image(i) for i in chunk.indices}
-    moved = dict.fromkeys(images, False)
-    if chunk.copy == 0:
-        return images, moved
     transform.reseed(seed, chunk.copy, chunk.start)
-    sizes: dict[tuple, list[int]] = {}
-    for i, image in images.items():
-        sizes.setdefault(image.size, []).append(i)
-    device = transform.pca.axes.device
-    for members in sizes.values():
-        x = torch.stack([_to_tensor(images[i]) for i in members])
-        mixed = transform(x.to(device), torch.as_tensor(dataset.targets[members], device=device))[0].cpu()
-        images.update(zip(members, map(to_image, mixed), strict=True))
-        moved.update(zip(members, (mixed != x).flatten(1).any(1).tolist(), strict=True))
-    return images, moved
+    device, labels = transform.pca.axes.device, torch.as_tensor(targets[chunk.start : chunk.stop])
+    return transform(small.to(device), labels.to(device))[0].cpu()
+
+
+def merge(image: Image.Image, small: Tensor, mixed: Tensor) -> Image.Image:
+    """The image with the change that the flow has made to its small twin, both uint8 (C, H, W), enlarged and added."""
+    if torch.equal(small, mixed):
+        return image
+    if (image.height, image.width) == tuple(small.shape[1:]):
+        return to_image(mixed)
+    pixels = _to_tensor(np.array(image)).float()
+    change = enlarge((mixed.float() - small.float())[None], pixels.shape[1:])[0]
+    return to_image((pixels + change).round().clamp(0, 255).to(torch.uint8))
 
 
 class AugmentedCopies(ImageDataset):
     """A data set whose images were augmented several times beforehand; each visit to an image takes the next copy.
 
     Crops, RandAugment and the like then change images that the flow has moved, while the flow meets images as it was
-    trained on. The copies, in memory, are those that :func:`flowaug.export.export` writes for the same seed.
+    trained on. The copies are those that :func:`flowaug.export.export` writes for the same seed. They are kept in
+    memory at the size of the flow's images, whatever that of the data set's.
 
     Args:
         dataset: the images; its transform is kept, not applied.
@@ -96,26 +105,30 @@ class AugmentedCopies(ImageDataset):
             raise ValueError(f"copies is {copies}; expected at least 1")
         if not isinstance(dataset, ImageDataset):
             raise ValueError("shards are a stream and cannot be copied in memory; augment batches instead")
-        self.originals = len(dataset)
-        self.pixels, self.moved = zip(*_copied(transform, dataset, copies, seed), strict=True)
-        self.for_moved = for_moved
+        self.dataset, self.for_moved = dataset, for_moved
+        self.small = dataset.read_table(transform.flow.event_shape[1:], dataset.channels)[0]
+        self.mixed = _mixed(transform, self.small, dataset.targets, copies, seed)
+        self.moved = (self.mixed != self.small.repeat(copies, 1, 1, 1)).flatten(1).any(1)
         same = {name: getattr(dataset, name) for name in ("name", "channels", "grey_levels", "transform")}
-        super().__init__(range(self.originals), dataset.targets, dataset.class_names, **same)
+        super().__init__(range(len(dataset)), dataset.targets, dataset.class_names, **same)
 
     def visit(self, index: int, number: int):
         """The image on visit ``number``, in its copy ``number mod copies``, and its label."""
-        place = self._place(index, number)
-        image = Image.fromarray(self.pixels[place])
-        if self.for_moved is not None and self.moved[place]:
+        image = self._copy(index, number)
+        if self.for_moved is not None and self.moved[self._place(index, number)]:
             return self.for_moved(image), int(self.targets[index])
         return self._labelled(image, index)
 
     def open(self, index: int) -> Image.Image:
         """The image in its first copy."""
-        return Image.fromarray(self.pixels[self._place(index, 0)])
+        return self._copy(index, 0)
+
+    def _copy(self, index: int, number: int) -> Image.Image:
+        row = self.images[index]
+        return merge(self.dataset.image(row), self.small[row], self.mixed[self._place(index, number)])
 
     def _place(self, index: int, number: int) -> int:
-        return (number * self.originals + self.images[index]) % len(self.pixels)
+        return (number * len(self.small) + self.images[index]) % len(self.mixed)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -123,17 +136,18 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
-def _copied(
-    transform: FlowMixupTransform, dataset: ImageDataset, copies: int, seed: int
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """The pixels of every copy, and whether the flow has moved them."""
-    total = copies * len(dataset)
-    with tqdm(total=total, desc="augmented copies", unit=" images", leave=False, delay=2) as bar:
-        for chunk in chunks(len(dataset), range(1, copies + 1)):
-            images, moved = augmented(transform, dataset, chunk, seed)
-            yield from zip(map(np.asarray, images.values()), moved.values(), strict=True)
-            bar.update(len(chunk.indices))
+def _mixed(transform: FlowMixupTransform, small: Tensor, targets: np.ndarray, copies: int, seed: int) -> Tensor:
+    """All copies of the images ``small`` (N, C, H, W), one after another: (copies · N, C, H, W)."""
+    count = len(small)
+    mixed = small.new_empty((copies * count, *small.shape[1:]))
+    with tqdm(total=len(mixed), desc="augmented copies", unit=" images", leave=False, delay=2) as bar:
+        for chunk in chunks(count, range(1, copies + 1)):
+            begin = (chunk.copy - 1) * count
+            part = mix_chunk(transform, small[chunk.start : chunk.stop], targets, chunk, seed)
+            mixed[begin + chunk.start : begin + chunk.stop] = part
+            bar.update(len(part))
+    return mixed
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
+def _to_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)

@@ -65,7 +65,7 @@ def export(
     facts = {"data": dataset.fingerprint(), "split": split, "layout": layout, "seed": seed, **(settings or {})}
     writer = _open(folder, facts, dataset.class_names, dataset.targets, layout, split)
     parts = chunks(len(dataset), range(0 if originals else 1, copies + 1))
-    counts = _write(writer, parts, lambda chunk: augmented(transform, dataset, chunk, seed)[0], "exporting")
+    counts = _write(writer, parts, lambda chunk: augmented(transform, dataset, chunk, seed), "exporting")
     return {**counts, **transform.counts}
 
 

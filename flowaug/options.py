@@ -178,8 +178,8 @@ def _add_flow_aug_options(parser) -> None:
         "--flow-aug-copies",
         type=int,
         metavar="N",
-        help="augment before crop and --aa, not after: N augmented copies of the images are made once, in memory, and "
-        "each visit to an image takes the next",
+        help="augment before crop and --aa, not after: N augmented copies of the images are made once, kept in memory "
+        "at the flow's size, and each visit to an image takes the next",
     )
     flow.add_argument(
         "--flow-aug-or-aa",

@@ -103,17 +103,16 @@ def classifier_plan(args: argparse.Namespace, model: nn.Module, input_size, sets
         flow=flow,
         training=_steps_line(steps, per_step, accelerator, images / len(sets[0]))
         + f"; {args.opt}, lr {args.lr:g}, {args.sched}",
-        memory=f"about {memory / GIB:.2f} GiB a process" + _copies_part(args, sets[0]),
+        memory=f"about {memory / GIB:.2f} GiB a process",
         time=_time_line(3 * cost.flops * images, speed, accelerator.device),
         output=_output_line(args),
     )
 
 
-def _copies_part(args: argparse.Namespace, dataset) -> str:
-    if not args.flow_aug_copies:
-        return ""
-    pixels = args.flow_aug_copies * len(dataset) * math.prod(dataset.image_size) * dataset.channels
-    return f", and {pixels / GIB:.2f} GiB on the host for the copies of --flow-aug-copies"
+def copies_memory(copies: int | None, images: int, shape: tuple[int, int, int]) -> str:
+    """What the images and their ``copies`` take at the flow's ``shape`` (C, H, W); nothing is said without copies."""
+    gib = ((copies or 0) + 1) * images * math.prod(shape) / GIB
+    return f"; --flow-aug-copies takes {gib:.2f} GiB on the host" if copies else ""
 
 
 def _count(model: nn.Module) -> int:

@@ -155,7 +155,7 @@ class FlowMixupTransform:
         moving = (plan.weight != 0).any(1)
         fine = sane & torch.isfinite(decoded).flatten(1).all(1) & (_fraction_outside(decoded) <= self.max_outside)
         self._count(moving, fine, torch.ones_like(moving) if plan.chosen is None else plan.chosen)
-        residual = self._from_flow(decoded - small, pixels)
+        residual = enlarge(decoded - small, pixels.shape[2:])
         return torch.where((moving & fine)[:, None, None, None], self._from_pixels(pixels + residual, x), x)
 
     def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
@@ -181,12 +181,6 @@ class FlowMixupTransform:
         if tuple(pixels.shape[2:]) == size:
             return quantise(pixels)
         return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-
-    @staticmethod
-    def _from_flow(residual: Tensor, pixels: Tensor) -> Tensor:
-        if residual.shape[2:] != pixels.shape[2:]:
-            residual = F.interpolate(residual, tuple(pixels.shape[2:]), mode="bicubic", align_corners=False)
-        return residual
 
     def _count(self, moving: Tensor, fine: Tensor, chosen: Tensor) -> None:
         counts = torch.stack([(moving & fine).sum(), (moving & ~fine).sum(), (chosen & ~moving).sum()])
@@ -246,6 +240,13 @@ class FlowMixupTransform:
                 f"pixels run from {pixels.min():.3g} to {pixels.max():.3g} after undoing mean and std, not [0, 1]: "
                 "pass the mean and std your images are normalised with, or images in [0, 1] or uint8"
             )
+
+
+def enlarge(change: Tensor, size: Sequence[int]) -> Tensor:
+    """A change of the flow's images (B, C, h, w), for images of another ``size`` (H, W); bicubic."""
+    if tuple(change.shape[2:]) == tuple(size):
+        return change
+    return F.interpolate(change, tuple(size), mode="bicubic", align_corners=False)
 
 
 def _read_policy(policy: Mapping | str | Path | None) -> Mapping | None:

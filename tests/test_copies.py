@@ -10,7 +10,7 @@ from PIL import Image
 import finetune
 from flowaug import FlowMixupTransform
 from flowaug.classifier import train_transform
-from flowaug.copies import AugmentedCopies
+from flowaug.copies import AugmentedCopies, merge, to_image
 from flowaug.data import ImageDataset
 from flowaug.describe import describe_mixing, describe_order
 from flowaug.export import CHUNK, export
@@ -21,8 +21,8 @@ from tests.conftest import NAMES, make_flow, make_pca
 QUICK = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu", "--batch-size", "16"]
 
 
-def images(count=9):
-    pixels = np.random.default_rng(0).integers(50, 200, (count, 8, 8, 3), dtype=np.uint8)
+def images(count=9, size=8):
+    pixels = np.random.default_rng(0).integers(50, 200, (count, size, size, 3), dtype=np.uint8)
     return ImageDataset(pixels, np.arange(count) % 3, NAMES, name="insects")
 
 
@@ -31,8 +31,9 @@ def transform(**options):
     return FlowMixupTransform(flow, make_pca(flow), **{"p": 1.0, **options})
 
 
-def test_copies_are_those_of_an_export(tmp_path):
-    data = images(CHUNK + 2)
+@pytest.mark.parametrize("size", [8, 19], ids=["of the flow", "larger"])
+def test_copies_are_those_of_an_export(tmp_path, size):
+    data = images(CHUNK + 2, size)
     export(transform(), data, tmp_path, copies=2, seed=3)
     mixed = transform()
     copies = AugmentedCopies(data, mixed, 2, seed=3)
@@ -47,7 +48,7 @@ def test_copies_are_those_of_an_export(tmp_path):
 
 def test_copies_depend_on_the_seed_and_not_on_what_the_transform_did_before():
     data, used = images(), transform()
-    first, again, other = (AugmentedCopies(data, used, 1, seed=seed).pixels for seed in (3, 3, 4))
+    first, again, other = (AugmentedCopies(data, used, 1, seed=seed).mixed for seed in (3, 3, 4))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -76,6 +77,27 @@ def test_images_of_several_sizes_keep_them(tmp_path):
     assert [copies.visit(i % 3, i // 3)[0].size for i in range(6)] == sizes * 2
     assert [copies[i][0].size for i in range(3)] == sizes
     assert (copies[0][0] == copies.visit(0, 0)[0], copies[0][0] == copies.visit(0, 1)[0]) == (True, False)
+
+
+def test_copies_of_large_images_take_the_memory_of_the_flows_small_ones():
+    data = images(size=40)
+    copies = AugmentedCopies(data, transform(), 2)
+    assert copies.mixed.shape == (18, 3, 8, 8)
+    assert copies.mixed.dtype == torch.uint8
+    assert copies[0][0].size == (40, 40)
+    assert not np.array_equal(copies[0][0], data.images[0])
+
+
+def test_the_change_of_a_small_image_is_enlarged_and_added_to_the_large_one():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+    small, mixed = torch.full((3, 8, 8), 100, dtype=torch.uint8), torch.full((3, 8, 8), 140, dtype=torch.uint8)
+    assert np.array_equal(merge(image, small, mixed), np.clip(np.asarray(image).astype(int) + 40, 0, 255))
+    assert merge(image, small, small.clone()) is image
+
+
+def test_an_image_of_the_flows_size_becomes_the_mixed_one():
+    small, mixed = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert np.array_equal(merge(to_image(small), small, mixed), mixed.permute(1, 2, 0))
 
 
 def test_a_part_of_the_copies_keeps_each_image_with_its_label():
@@ -125,7 +147,7 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
     finetune.main([*options, "--dry-run", "--output", str(tmp_path / "plan")])
     plan = " ".join(capsys.readouterr().out.split())
     assert "10 steps" in plan
-    assert "0.00 GiB on the host for the copies" in plan
+    assert "for images (1, 8, 8); --flow-aug-copies takes 0.00 GiB on the host" in plan
     finetune.main([*options, "--output", str(tmp_path / "out")])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     share = f"{metrics['flow_aug']['augmented'] / 160:.0%}"

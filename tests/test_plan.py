@@ -6,7 +6,7 @@ from torch import nn
 
 import finetune
 import train_flow
-from flowaug.plan import cost_per_image, measured_speed
+from flowaug.plan import copies_memory, cost_per_image, measured_speed
 
 
 def test_cost_of_a_known_network():
@@ -39,13 +39,18 @@ def test_dry_run_of_a_classifier_says_which_flow(tmp_path, capsys):
     output = ["--cpu", "--output", str(tmp_path / "out")]
     finetune.main(["--dry-run", "--model", "eva02_tiny_patch14_224", "--no-pretrained", "--flow-aug", *output])
     text = capsys.readouterr().out
-    assert "digits, mef_tiny for images (1, 8, 8)" in text
+    assert "digits, mef_tiny, for images (1, 8, 8)" in text
     assert "eva02_tiny_patch14_224, 5.43 M parameters, input (1, 224, 224)" in text
     finetune.main(["--dry-run", "--images-per-class", "5", "--flow-aug", *output])
     assert "trained first: mef_tiny, 2000 steps at most" in capsys.readouterr().out
     finetune.main(["--dry-run", *output])
     assert "flow       none" in capsys.readouterr().out
     assert not Path(tmp_path / "out").exists()
+
+
+def test_copies_and_the_images_themselves_take_the_size_of_the_flows_images():
+    assert copies_memory(3, 2**20, (4, 16, 16)) == "; --flow-aug-copies takes 4.00 GiB on the host"
+    assert copies_memory(None, 2**20, (4, 16, 16)) == ""
 
 
 def test_dry_run_finds_a_run_to_resume(tmp_path, capsys):
