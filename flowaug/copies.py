@@ -108,7 +108,7 @@ class AugmentedCopies(ImageDataset):
         self.dataset, self.for_moved = dataset, for_moved
         self.small = dataset.read_table(transform.flow.event_shape[1:], dataset.channels)[0]
         self.mixed = _mixed(transform, self.small, dataset.targets, copies, seed)
-        self.moved = (self.mixed != self.small.repeat(copies, 1, 1, 1)).flatten(1).any(1)
+        self.moved = torch.cat([(part != self.small).flatten(1).any(1) for part in self.mixed.split(len(dataset))])
         same = {name: getattr(dataset, name) for name in ("name", "channels", "grey_levels", "transform")}
         super().__init__(range(len(dataset)), dataset.targets, dataset.class_names, **same)
 
