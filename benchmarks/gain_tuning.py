@@ -24,7 +24,7 @@ GRID = {  # settings to candidates beside the one in use; one setting after anot
     "cutmix": {"cutmix": (0.3,)},
     "pixel": {"alpha": (0.3,)},
     "latent": {"alpha": (0.3,)},
-    "noise": {"strength": (0.2,)},
+    "noise": {"strength": (0.2, 1.0)},
     "gaussian": {"strength": (0.5,)},
 }
 JUDGED_BY = {"flow": "axes+standard", "axes": "axes+standard"}  # the arm whose accuracy decides; else that of the name
