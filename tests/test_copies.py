@@ -160,17 +160,8 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
 
 
 def test_a_flow_that_gets_what_randaugment_has_changed_is_pointed_out_first(tmp_path, capsys):
-    options = [
-        "--flow-aug",
-        "digits",
-        "--images-per-class",
-        "8",
-        *QUICK,
-        "--steps",
-        "1",
-        "--aa",
-        "rand-m9-mstd0.5-inc1",
-    ]
+    options = ["--flow-aug", "digits", "--images-per-class", "8", *QUICK]
+    options += ["--steps", "1", "--aa", "rand-m9-mstd0.5-inc1"]
     finetune.main([*options, "--output", str(tmp_path)])
     said = capsys.readouterr().out
     assert said.startswith("the flow gets images that --aa has changed: train it with the same --aa, or let it move")
