@@ -88,7 +88,7 @@ def preview_flow(args: argparse.Namespace) -> None:
     transform = _open_transform(args, data)
     images, labels = zip(*data.examples(args.classes), strict=True)
     size = transform.flow.event_shape[1:]
-    x = torch.stack([torch.from_numpy(to_pixels(image, size, data.channels)).permute(2, 0, 1) for image in images])
+    x = torch.stack([to_pixels(image, size, data.channels) for image in images])
     path = draw_augmented(transform, x, torch.tensor(labels), args.output)
     print(f"{path}: {len(x)} images, original and mixed with a training image of their class")
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from flowaug.generation import CHUNK
@@ -41,7 +42,7 @@ def augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk
     if chunk.copy == 0:
         return images
     size = transform.flow.event_shape[1:]
-    small = torch.stack([_to_tensor(to_pixels(image, size, dataset.channels)) for image in images.values()])
+    small = torch.stack([to_pixels(image, size, dataset.channels) for image in images.values()])
     mixed = mix_chunk(transform, small, dataset.targets, chunk, seed)
     return {i: merge(image, *pair) for (i, image), *pair in zip(images.items(), small, mixed, strict=True)}
 
@@ -62,7 +63,7 @@ def merge(image: Image.Image, small: Tensor, mixed: Tensor) -> Image.Image:
         return image
     if (image.height, image.width) == tuple(small.shape[1:]):
         return to_image(mixed)
-    pixels = _to_tensor(np.array(image)).float()
+    pixels = pil_to_tensor(image).float()
     change = enlarge((mixed.float() - small.float())[None], pixels.shape[1:])[0]
     return to_image((pixels + change).round().clamp(0, 255).to(torch.uint8))
 
@@ -114,18 +115,19 @@ class AugmentedCopies(ImageDataset):
 
     def visit(self, index: int, number: int):
         """The image on visit ``number``, in its copy ``number mod copies``, and its label."""
-        image = self._copy(index, number)
-        if self.for_moved is not None and self.moved[self._place(index, number)]:
+        place = self._place(index, number)
+        image = self._copy(place)
+        if self.for_moved is not None and self.moved[place]:
             return self.for_moved(image), int(self.targets[index])
         return self._labelled(image, index)
 
     def open(self, index: int) -> Image.Image:
         """The image in its first copy."""
-        return self._copy(index, 0)
+        return self._copy(self._place(index, 0))
 
-    def _copy(self, index: int, number: int) -> Image.Image:
-        row = self.images[index]
-        return merge(self.dataset.image(row), self.small[row], self.mixed[self._place(index, number)])
+    def _copy(self, place: int) -> Image.Image:
+        row = place % len(self.small)
+        return merge(self.dataset.image(row), self.small[row], self.mixed[place])
 
     def _place(self, index: int, number: int) -> int:
         return (number * len(self.small) + self.images[index]) % len(self.mixed)
@@ -147,7 +149,3 @@ def _mixed(transform: FlowMixupTransform, small: Tensor, targets: np.ndarray, co
             mixed[begin + chunk.start : begin + chunk.stop] = part
             bar.update(len(part))
     return mixed
-
-
-def _to_tensor(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)

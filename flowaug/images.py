@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from flowaug import folders
 
@@ -154,7 +155,7 @@ def stack_images(dataset: ImageDataset, size: tuple[int, int], channels: int) ->
         lambda i: to_pixels(dataset.image(i), size, channels), range(len(dataset)), "reading images"
     )
     for row, image in zip(stack, pixels, strict=True):
-        row.copy_(torch.from_numpy(image).permute(2, 0, 1))
+        row.copy_(image)
     return stack
 
 
@@ -175,10 +176,10 @@ def _check_source(images, targets: np.ndarray, class_names: tuple[str, ...]) -> 
         )
 
 
-def to_pixels(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
-    """The image as uint8 ``(H, W, channels)``."""
+def to_pixels(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """The image as uint8 ``(channels, H, W)``."""
     height, width = size
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)  # antialiased when it shrinks
-    return np.array(image).reshape(height, width, channels)
+    return pil_to_tensor(image)

@@ -111,8 +111,9 @@ def classifier_plan(args: argparse.Namespace, model: nn.Module, input_size, sets
 
 def copies_memory(copies: int | None, images: int, shape: tuple[int, int, int]) -> str:
     """What the images and their ``copies`` take at the flow's ``shape`` (C, H, W); nothing is said without copies."""
-    gib = ((copies or 0) + 1) * images * math.prod(shape) / GIB
-    return f"; --flow-aug-copies takes {gib:.2f} GiB on the host" if copies else ""
+    if not copies:
+        return ""
+    return f"; --flow-aug-copies takes {(copies + 1) * images * math.prod(shape) / GIB:.2f} GiB on the host"
 
 
 def _count(model: nn.Module) -> int:

@@ -151,9 +151,11 @@ class StreamDataset:
     def _shard_table(self, path: Path, size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor, dict[str, str]]:
         skipped: dict[str, str] = {}
         pairs = [(to_pixels(image, size, channels), label) for image, label in self.decoded([path], skipped)]
-        images = np.stack([pixels for pixels, _ in pairs]) if pairs else np.empty((0, *size, channels), np.uint8)
+        images = torch.empty(len(pairs), channels, *size, dtype=torch.uint8)
+        for row, (pixels, _) in zip(images, pairs, strict=True):
+            row.copy_(pixels)
         labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, skipped
+        return images, labels, skipped
 
 
 def open_stream(
