@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 from timm.data.mixup import Mixup
@@ -11,6 +10,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
+
+from flowaug.pixels import resize
 
 
 class GreyThrough:
@@ -114,10 +115,7 @@ class BatchPipeline:
 
     def normalise(self, x: Tensor) -> Tensor:
         """Resize images in [0, 1] to the input size and normalise them."""
-        size = self.input_size[1:]
-        if tuple(x.shape[2:]) != tuple(size):
-            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        return (x - self.mean) / self.std
+        return (resize(x, self.input_size[1:]) - self.mean) / self.std
 
 
 @torch.no_grad()

@@ -6,8 +6,10 @@ An image ``x`` lives in [0, 1] on the grid ``k / (levels - 1)``, ``k = 0 … lev
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,6 +32,21 @@ def quantise(x: Tensor, levels: int = 256) -> Tensor:
     """
     _check_levels(levels)
     return (x.clamp(0, 1) * (levels - 1)).round() / (levels - 1)
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Images at another size, by the filter that makes a flow's training images of files.
+
+    Args:
+        x: images (B, C, H, W) in [0, 1].
+        size: ``(h, w)``.
+
+    Returns:
+        Images (B, C, h, w) in [0, 1], antialiased bicubic, the aspect ratio not kept; ``x`` itself if it has the size.
+    """
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 def dequantise(x: Tensor, levels: int = 256, generator: torch.Generator | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from flowaug.checks import check_batch, check_class_names, check_pair
 from flowaug.flow import Flow
 from flowaug.mixup import MixPlan, MixPolicy, PlanSampler, mix_latents
 from flowaug.pca import ClasswisePCA
-from flowaug.pixels import quantise
+from flowaug.pixels import quantise, resize
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what PIL's convert("L") uses
 SAFE_RANGE = (-0.5, 1.5)  # pixels a sane decode may reach before clamping
@@ -177,10 +177,7 @@ class FlowMixupTransform:
     def _to_flow(self, pixels: Tensor) -> Tensor:
         if self.flow.event_shape[0] == 1 and pixels.shape[1] == 3:
             pixels = (pixels * pixels.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-        size = self.flow.event_shape[1:]
-        if tuple(pixels.shape[2:]) == size:
-            return quantise(pixels)
-        return F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+        return quantise(resize(pixels, self.flow.event_shape[1:]))
 
     def _count(self, moving: Tensor, fine: Tensor, chosen: Tensor) -> None:
         counts = torch.stack([(moving & fine).sum(), (moving & ~fine).sum(), (chosen & ~moving).sum()])

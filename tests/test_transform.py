@@ -3,8 +3,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowaug import FlowMixupTransform, MixPlan
+from flowaug.images import to_pixels
 from tests.conftest import NAMES, make_flow, make_pca
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
@@ -54,6 +56,17 @@ def test_same_size_is_decode_of_the_mixed_latents(transform):
     plan = transform.plan(y)
     expected = transform.flow.decode(mix_latents(transform.flow.encode(x)[0], y, transform.pca, plan)).clamp(0, 1)
     torch.testing.assert_close(transform.apply(x, y, plan), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(40, 23), (5, 6)])
+def test_the_flow_meets_large_and_small_images_as_its_training_images_were_made(transform, size, monkeypatch):
+    pixels = np.random.default_rng(0).integers(80, 176, (6, *size, 3), dtype=np.uint8)  # PIL clips between two passes
+    files = torch.stack([to_pixels(Image.fromarray(image), (8, 8), 3) for image in pixels])
+    met, encode = [], transform.flow.encode
+    monkeypatch.setattr(transform.flow, "encode", lambda x: met.append(x) or encode(x))
+    transform(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(6) % 3)
+    torch.testing.assert_close(met[0] * 255, files.float(), rtol=0, atol=1.001)
+    assert (met[0] * 255 - files).abs().mean() < 0.25
 
 
 def test_every_precision_and_layout_gives_the_same_images(transform):
