@@ -21,13 +21,13 @@ where they are committed, another clone goes on from them. Two processes on one 
 than one on two: give them other --seeds, so that they do not train the same flow, and name one of all images with
 --full-flow.
 
-Hours on two cores, two processes, from the times per image of 2026-11-25 on an AMD EPYC (5 seeds, 3 for all images):
+Hours on two cores, two processes, from the times per image of 2026-11-26 on an AMD EPYC (5 seeds, 3 for all images):
 
 | runs | hours |
 |---|---|
 | lite0, main arms of three sizes | 6.5 |
 | resnet18, main arms of three sizes | 7.0 |
-| swin, main arms of three sizes, and of all images | 4.5, 1.4 |
+| swin, main arms of three sizes, and of all images | 9.5, 2.4 |
 | swin, the further arms | 4.1 |
 | flows | 0.4 |
 | --tune standard flow axes; of the rivals (one process, --steps 400) | 2.6, 2.0 |

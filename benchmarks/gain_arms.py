@@ -141,7 +141,7 @@ FULL = Setup(
     steps={
         "resnet18": {"20": 1000, "100": 3000, "500": 3000},
         "lite0": {"20": 800, "100": 2500, "500": 2500},
-        "swin": {"20": 2000, "100": 2000, "500": 2000, "all": 3000},
+        "swin": {"20": 2000, "100": 5000, "500": 5000, "all": 5000},
     },
     batch_size=64,
     flow=tuple("--coupling affine --opt muon --lr 0.007 --steps 600 --rank 64 --eval-every 100000".split()),
