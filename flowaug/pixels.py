@@ -1,5 +1,7 @@
 """Grey levels: the only file that knows how many there are, how wide the noise is and what a bit per dimension means.
 
+Batches are resized here too, by the filter of a flow's training images.
+
 An image ``x`` lives in [0, 1] on the grid ``k / (levels - 1)``, ``k = 0 … levels - 1``. A cell of that grid is
 ``1 / (levels - 1)`` wide; dequantisation spreads a pixel uniformly over its cell, so a dequantised image may leave
 [0, 1] by half a cell. The centre of the cell is the image itself: augmentation adds no noise and encodes ``x`` as is.
