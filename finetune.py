@@ -227,7 +227,7 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     flow_mixup = load_flow_mixup(args, sets[0], accelerator)
     with sole_writer(args.output, accelerator.is_main_process):
         if args.flow_aug_copies:
-            sets[0] = create_copies(args, sets[0], flow_mixup, spec[0])
+            sets[0] = create_copies(args, sets[0], flow_mixup, spec[0], *place, accelerator.reduce)
             loaders = create_loaders(args, sets, spec[0], accelerator)
         on_batches = None if args.flow_aug_copies else flow_mixup
         pipeline = create_pipeline(args, spec, on_batches, num_classes, accelerator.device)

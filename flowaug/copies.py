@@ -82,6 +82,9 @@ class AugmentedCopies(ImageDataset):
         seed: seed of the augmentation.
         for_moved: transform of the images that the flow has moved, in the place of that of the loader; None for no
             difference. Without RandAugment, for example, no image is changed by both.
+        rank: number of this process; each makes its share of the copies and gets those of the others.
+        world_size: number of processes.
+        reduce: sums a tensor over the processes.
 
     Raises:
         ValueError: no copy, or a stream of shards.
@@ -101,6 +104,9 @@ class AugmentedCopies(ImageDataset):
         copies: int,
         seed: int = 0,
         for_moved: Callable[[Image.Image], Tensor] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        reduce: Callable[[Tensor], Tensor] = lambda t: t,
     ):
         if copies < 1:
             raise ValueError(f"copies is {copies}; expected at least 1")
@@ -108,7 +114,10 @@ class AugmentedCopies(ImageDataset):
             raise ValueError("shards are a stream and cannot be copied in memory; augment batches instead")
         self.dataset, self.for_moved = dataset, for_moved
         self.small = dataset.read_table(transform.flow.event_shape[1:], dataset.channels)[0]
-        self.mixed = _mixed(transform, self.small, dataset.targets, copies, seed)
+        own = chunks(len(dataset), range(1, copies + 1))[rank::world_size]
+        self.mixed = _mixed(transform, self.small, dataset.targets, copies, own, seed)
+        if world_size > 1:
+            _exchange(self.mixed, transform, reduce)
         self.moved = torch.cat([(part != self.small).flatten(1).any(1) for part in self.mixed.split(len(dataset))])
         same = {name: getattr(dataset, name) for name in ("name", "channels", "grey_levels", "transform")}
         super().__init__(range(len(dataset)), dataset.targets, dataset.class_names, **same)
@@ -138,14 +147,24 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).contiguous().numpy())
 
 
-def _mixed(transform: FlowMixupTransform, small: Tensor, targets: np.ndarray, copies: int, seed: int) -> Tensor:
-    """All copies of the images ``small`` (N, C, H, W), one after another: (copies · N, C, H, W)."""
+def _mixed(
+    transform: FlowMixupTransform, small: Tensor, targets: np.ndarray, copies: int, own: list[Chunk], seed: int
+) -> Tensor:
+    """Copies of the images ``small`` (N, C, H, W), one after another, (copies · N, C, H, W); 0 outside ``own``."""
     count = len(small)
-    mixed = small.new_empty((copies * count, *small.shape[1:]))
-    with tqdm(total=len(mixed), desc="augmented copies", unit=" images", leave=False, delay=2) as bar:
-        for chunk in chunks(count, range(1, copies + 1)):
+    mixed = small.new_zeros((copies * count, *small.shape[1:]))
+    total = sum(len(chunk.indices) for chunk in own)
+    with tqdm(total=total, desc="augmented copies", unit=" images", leave=False, delay=2) as bar:
+        for chunk in own:
             begin = (chunk.copy - 1) * count
             part = mix_chunk(transform, small[chunk.start : chunk.stop], targets, chunk, seed)
             mixed[begin + chunk.start : begin + chunk.stop] = part
             bar.update(len(part))
     return mixed
+
+
+def _exchange(mixed: Tensor, transform: FlowMixupTransform, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Add up the copies of all processes in place, each of which is zero but in one, and what was counted."""
+    for part in mixed.split(CHUNK):
+        part.copy_(reduce(part.to(transform.pca.axes.device)))
+    transform.sum_counts(reduce)

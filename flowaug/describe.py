@@ -18,13 +18,13 @@ def describe_order(args: argparse.Namespace) -> str:
     return text + (", or let it move them first, in --flow-aug-copies N" if could_move_first(args) else "")
 
 
-def describe_mixing(counts: dict[str, int], could_move_first: bool) -> str:
+def describe_mixing(counts: dict[str, int], can_move_first: bool) -> str:
     """One sentence on what `FlowMixupTransform.counts` come to, and a way out where the guard refused much."""
     seen, drawn = counts["seen"], sum(counts.values()) - counts["seen"]
     text = f"flow mixup changed {counts['augmented'] / max(seen, 1):.0%} of the images"
     if 4 * counts["refused"] <= drawn:
         return text
-    sooner = "move them before --aa changes them (--flow-aug-copies N) or " if could_move_first else ""
+    sooner = "move them before --aa changes them (--flow-aug-copies N) or " if can_move_first else ""
     return (
         f"{text}; {counts['refused'] / drawn:.0%} of those drawn went back as they came: the flow has not seen the "
         f"like of them; {sooner}train the flow for longer"

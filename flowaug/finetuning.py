@@ -211,13 +211,16 @@ def loaded_size(input_size: tuple[int, int, int], dataset: ImageDataset) -> int:
     return min(input_size[-1], max(dataset.image_size))
 
 
-def create_copies(args: argparse.Namespace, dataset: ImageDataset, flow_mixup, input_size) -> AugmentedCopies:
-    """The copies of ``--flow-aug-copies``; with ``--flow-aug-or-aa`` those that the flow has moved are spared --aa."""
+def create_copies(args: argparse.Namespace, dataset: ImageDataset, flow_mixup, input_size, *share) -> AugmentedCopies:
+    """The copies of ``--flow-aug-copies``; with ``--flow-aug-or-aa`` those that the flow has moved are spared --aa.
+
+    ``share`` is (rank, world_size, reduce) of `AugmentedCopies` where there are several processes.
+    """
     for_moved = None
     if args.flow_aug_or_aa:
         spared = argparse.Namespace(**{**vars(args), "aa": None})
         for_moved = train_transform(loaded_size(input_size, dataset), input_size[0], spared)
-    return AugmentedCopies(dataset, flow_mixup, args.flow_aug_copies, args.seed, for_moved)
+    return AugmentedCopies(dataset, flow_mixup, args.flow_aug_copies, args.seed, for_moved, *share)
 
 
 def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, int], accelerator: Accelerator):

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -188,6 +188,10 @@ class FlowMixupTransform:
         """Samples seen, augmented, refused (NaN or out of range), and drawn but without a partner or a known label."""
         seen, augmented, refused, idle = self._counts.tolist()
         return {"seen": seen, "augmented": augmented, "refused": refused, "no_partner": idle}
+
+    def sum_counts(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Make `counts` those of all processes, over which ``reduce`` sums a tensor."""
+        self._counts = reduce(self._counts)
 
     def state_dict(self) -> dict:
         """State of the generator and the counts, JSON-able; for ``accelerator.register_for_checkpointing``."""

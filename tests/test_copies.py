@@ -53,6 +53,21 @@ def test_copies_depend_on_the_seed_and_not_on_what_the_transform_did_before():
     assert not np.array_equal(first, other)
 
 
+def test_processes_share_the_work_and_get_the_copies_of_one():
+    data, whole = images(CHUNK + 2), transform()
+    expected = AugmentedCopies(data, whole, 2, seed=3)
+    shares, sent = [transform(), transform()], []
+    for rank, mixed in enumerate(shares):
+        AugmentedCopies(data, mixed, 2, 3, None, rank, 2, lambda t: sent.append(t.clone()) or t)
+        assert 0 < mixed.counts["seen"] < whole.counts["seen"]
+    halves = sent[: len(sent) // 2], sent[len(sent) // 2 :]
+    places = iter(zip(*halves, strict=True))
+    got = AugmentedCopies(data, mixed, 2, 3, None, 1, 2, lambda t: sum(next(places)))
+    assert torch.equal(got.mixed, expected.mixed)
+    assert torch.equal(got.moved, expected.moved)
+    assert mixed.counts == whole.counts
+
+
 def test_the_original_and_the_global_generators_stay_as_they_are():
     data, state = images(), torch.get_rng_state()
     before = data.images.copy()
@@ -171,12 +186,12 @@ def test_a_flow_that_gets_what_randaugment_has_changed_is_pointed_out_first(tmp_
 
 def test_much_that_the_guard_refuses_is_said_with_a_way_out():
     few, much = ({"seen": 40, "augmented": 20 - n, "refused": n, "no_partner": 0} for n in (5, 8))
-    assert describe_mixing(few, could_move_first=True) == "flow mixup changed 38% of the images"
-    said = describe_mixing(much, could_move_first=True)
+    assert describe_mixing(few, can_move_first=True) == "flow mixup changed 38% of the images"
+    said = describe_mixing(much, can_move_first=True)
     assert "changed 30% of the images; 40% of those drawn went back" in said
     assert "(--flow-aug-copies N) or train the flow for longer" in said
-    assert "like of them; train the flow for longer" in describe_mixing(much, could_move_first=False)
-    assert describe_mixing(dict.fromkeys(much, 0), could_move_first=False) == "flow mixup changed 0% of the images"
+    assert "like of them; train the flow for longer" in describe_mixing(much, can_move_first=False)
+    assert describe_mixing(dict.fromkeys(much, 0), can_move_first=False) == "flow mixup changed 0% of the images"
 
 
 @pytest.mark.parametrize("more", [[], ["--aa", "rand-m9-mstd0.5-inc1", "--flow-aug-or-aa"]], ids=["plain", "or-aa"])

@@ -77,9 +77,11 @@ def test_numbers_on_the_val_split_are_those_of_one_process(flows):
     assert one["class_gaussians"]["converged"]
 
 
-def test_two_processes_average_their_gradients_and_judge_each_image_once(tmp_path):
-    one = run(1, tmp_path / "one", *CLASSIFIER, "--batch-size", "16")
-    two = run(2, tmp_path / "two", *CLASSIFIER, "--batch-size", "8")
+@pytest.mark.parametrize("augment", [[], ["--flow-aug", "digits", "--flow-aug-copies", "3"]], ids=["plain", "copies"])
+def test_two_processes_average_their_gradients_and_judge_each_image_once(tmp_path, augment):
+    one = run(1, tmp_path / "one", *CLASSIFIER, *augment, "--batch-size", "16")
+    two = run(2, tmp_path / "two", *CLASSIFIER, *augment, "--batch-size", "8")
+    assert one.get("flow_aug") == two.get("flow_aug")
     assert (one["images"], two["images"]) == (359, 359)
     assert two["top1"] == one["top1"]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
