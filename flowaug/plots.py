@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 CLASS_COLOURS = (*COLOURS, "#000000", "#8C564B", "#888888", "#6A3D9A")
 MARKERS = "os^Dv<>p"  # times the colours: 80 looks of a class
 LEGEND_ROWS, LEGEND_MOST = 24, 80
+MOST_PANELS = 5  # beside each other
 HALO = [withStroke(linewidth=3, foreground="white")]
 
 Images = np.ndarray | torch.Tensor
@@ -119,7 +121,7 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
 
 
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xlabel="", title=None) -> Path:
-    """Write means with their intervals as PNG: a panel for each group, a row for each name, a line at 0.
+    """Write means with their intervals as PNG: a panel for each group, all to one scale, a row for each name, 0 marked.
 
     Args:
         panels: group to name to (mean, half the width of its interval); a width that is not finite is not drawn.
@@ -133,18 +135,30 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xla
     if not panels or not all(panels.values()):
         raise ValueError(f"panels {list(panels)}: expected at least one, each name: (mean, half width) once or more")
     names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
-    size = (2.2 + 2.6 * len(panels), 1.2 + 0.3 * len(names))
-    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for panel, (group, rows) in zip(row, panels.items(), strict=True):
+    figure, places = _interval_panels(len(panels), len(names))
+    for panel, (group, rows) in zip(places, panels.items(), strict=True):
         _draw_intervals(panel, rows, names)
         _style(panel, xlabel, None)
         panel.set_title(group, fontsize=FONT + 1, color=INK, parse_math=False)
-    row[0].set_yticks(range(len(names)), names, parse_math=False)
-    row[0].invert_yaxis()
+    places[0].set_yticks(range(len(names)), names, parse_math=False)
+    places[0].invert_yaxis()
     if title:
         figure.suptitle(title, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
     return _save(figure, Path(path))
+
+
+def _interval_panels(count: int, rows: int) -> tuple[Figure, list]:
+    """A figure and its panels, with one scale and the same rows."""
+    lines = math.ceil(count / MOST_PANELS)
+    columns = math.ceil(count / lines)
+    size = (2.2 + 2.6 * columns, lines * (1.2 + 0.3 * rows))
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    places = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel())
+    for panel in places[count:]:
+        panel.remove()
+    for panel in places[:count]:
+        panel.tick_params(labelbottom=True)
+    return figure, places[:count]
 
 
 def _draw_intervals(panel, rows: Mapping[str, tuple[float, float]], names: list[str]) -> None:

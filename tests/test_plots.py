@@ -125,6 +125,20 @@ def test_intervals_are_as_wide_as_they_say_about_their_mean(tmp_path):
     assert two.shape[0] == narrow.shape[0] + 30
 
 
+def test_panels_of_intervals_have_one_scale(tmp_path):
+    picture = read(intervals({"wide": {"x": (0.0, 4.0)}, "narrow": {"x": (1.0, 1.0)}}, tmp_path / "two.png"))
+    middle = picture.shape[1] // 2 + 40  # names stand on the left
+    wide, narrow = (len(blue_columns(half)) for half in (picture[:, :middle], picture[:, middle:]))
+    assert wide / narrow == pytest.approx(4, rel=0.1)
+
+
+def test_panels_of_intervals_go_on_below(tmp_path):
+    sizes = [
+        read(intervals({str(i): {"x": (1.0, 1.0)} for i in range(n)}, tmp_path / f"{n}.png")).shape for n in (4, 7)
+    ]
+    assert sizes[1] == (2 * sizes[0][0], *sizes[0][1:])
+
+
 def test_scatter_shows_every_class_in_its_colour_with_its_name(tmp_path):
     points, labels = np.random.default_rng(0).normal(size=(60, 2)) * 5, np.arange(60) % 3
     names = [r"$\ant$", "bee", "cat", "never seen"]
