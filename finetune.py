@@ -127,6 +127,7 @@ def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator)
         rank=args.flow_aug_rank,
         per_axis=bool(args.flow_aug_per_axis),
         rescaled=bool(args.flow_aug_rescaled),
+        redraws=args.flow_aug_redraws or 0,
         policy=args.flow_aug_policy,
         class_names=dataset.class_names,
         seed=args.seed,

@@ -126,7 +126,7 @@ COMPETITORS = {  # arm to what the report holds against it: flow mixup by one we
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
     "standard": {"aa": "rand-m5-n1-mstd0.5-inc1", "scale": (0.8, 1.0)},
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
-    "axes": {"alpha": 1.0, "rank": 64, "per_axis": True, "rescaled": True},
+    "axes": {"alpha": 1.0, "rank": 64, "per_axis": True, "rescaled": True, "redraws": 0},
     "mixup": {"mixup": 0.8},
     "cutmix": {"cutmix": 1.0},
     "pixel": {"alpha": 1.0},

@@ -145,8 +145,8 @@ def find_flow(cell: Cell, setup: Setup) -> Path | str:
 def transform_options(cell: Cell, setup: Setup) -> dict:
     """Options of the augmentation of the batch; all move the same share of the images."""
     own = {"p": setup.settings["flow"]["p"], **setup.settings[ARMS[cell.arm][1]]}
-    names = ("p", "alpha", "rank", "per_axis", "rescaled", "strength")
-    return {name: own[name] for name in names if name in own}
+    names = ("p", "alpha", "rank", "per_axis", "rescaled", "strength", *(["redraws"] if own.get("redraws") else []))
+    return {name: own[name] for name in names if name in own}  # runs without redraws are named as before there were any
 
 
 def create_transform(cell: Cell, setup: Setup, train_set: ImageDataset):

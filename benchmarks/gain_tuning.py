@@ -19,7 +19,7 @@ STRONG = load_recipe(FOLDER / "swin_cifar10.yaml")["classifier"]  # of the paper
 GRID = {  # settings to candidates beside the one in use; one setting after another, the best is kept
     "standard": {"aa": (STRONG["aa"],), "scale": (tuple(STRONG["scale"]),)},
     "flow": {"kld_weight": (100.0,), "hidden": (48,), "p": (0.25, 1.0)},
-    "axes": {"per_axis": (False,), "rescaled": (False,), "alpha": (0.3,), "rank": (8,)},
+    "axes": {"per_axis": (False,), "rescaled": (False,), "alpha": (0.3,), "rank": (8,), "redraws": (3,)},
     "mixup": {"mixup": (0.2,)},
     "cutmix": {"cutmix": (0.3,)},
     "pixel": {"alpha": (0.3,)},

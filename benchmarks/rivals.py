@@ -37,8 +37,8 @@ class PixelMixup(FlowMixupTransform):
         """What partners are looked up in, (N, ...)."""
         return bank.float() / 255
 
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
-        return torch.lerp(small, self.bank[plan.partner], plan.weight[:, :1, None, None])
+    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
+        return torch.lerp(small, self.bank[plan.partner], plan.weight[:, :1, None, None]), torch.ones_like(y).bool()
 
 
 class LatentMixup(PixelMixup):
@@ -48,9 +48,10 @@ class LatentMixup(PixelMixup):
         """Latents (N, D)."""
         return encode(self.flow, bank)
 
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
         z = self.flow.encode(small)[0]
-        return self.flow.decode(torch.lerp(z, self.bank[plan.partner], plan.weight[:, :1]))
+        mixed = torch.lerp(z, self.bank[plan.partner], plan.weight[:, :1])
+        return self.flow.decode(mixed), torch.ones_like(y).bool()
 
 
 class LatentNoise(FlowMixupTransform):
@@ -74,18 +75,19 @@ class LatentNoise(FlowMixupTransform):
         moving = (plan.weight != 0).any(1, keepdim=True).float()
         return replace(plan, weight=moving, noise=torch.from_numpy(noise).to(y.device))
 
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
         z, deviation = self.flow.encode(small)[0], self.flow.gaussians.variance[y].sqrt()
-        return self.flow.decode(z + plan.weight * self.strength * deviation * plan.noise)
+        mixed = z + plan.weight * self.strength * deviation * plan.noise
+        return self.flow.decode(mixed), torch.ones_like(y).bool()
 
 
 class ClassDraw(LatentNoise):
     """A draw from the class Gaussian in place of the image; ``strength`` is the temperature."""
 
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
         z, gaussians = self.flow.encode(small)[0], self.flow.gaussians
         drawn = gaussians.mean[y] + (self.strength * gaussians.variance[y]).sqrt() * plan.noise
-        return self.flow.decode(torch.lerp(z, drawn, plan.weight))
+        return self.flow.decode(torch.lerp(z, drawn, plan.weight)), torch.ones_like(y).bool()
 
 
 WITH_BANK = {"pixel": PixelMixup, "latent": LatentMixup}

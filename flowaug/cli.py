@@ -71,6 +71,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partner", default="bank", choices=PARTNERS, help="where partners come from")
     parser.add_argument("--per-axis", action="store_true", help="a weight for each axis, not one for all of them")
     parser.add_argument("--rescaled", action="store_true", help="keep a class's spread, which mixing shrinks")
+    parser.add_argument("--redraws", type=int, default=0, help="draw anew, so many times, what would lose its label")
     parser.add_argument("--seed", type=int, default=0, help="seed of the augmentation")
     parser.set_defaults(run=export_images)
 
@@ -111,7 +112,7 @@ def evaluate_flow(args: argparse.Namespace) -> None:
 
 def export_images(args: argparse.Namespace) -> None:
     """Write the copies and say how many."""
-    options = {name: getattr(args, name) for name in ("p", "alpha", "partner", "per_axis", "rescaled")}
+    options = {name: getattr(args, name) for name in ("p", "alpha", "partner", "per_axis", "rescaled", "redraws")}
     data = open_images(args, args.split)
     transform = _open_transform(args, data, **options)
     settings = {**options, "rank": args.rank, "luminance": args.luminance, "flow": identity(args.flow)}

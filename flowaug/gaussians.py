@@ -139,6 +139,12 @@ class ClassGaussians(nn.Module):
         self._check_batch(z, y if y.ndim == 1 else None)
         return -F.cross_entropy(self.log_joint(z) / temperature, y, reduction="none")
 
+    def margin(self, z: Tensor, y: Tensor) -> Tensor:
+        """How much likelier latents `(B, D)` are of their class `(B,)` than of any other: `(B,)` in nats."""
+        self._check_batch(z, y)
+        joint = self.log_joint(z)
+        return joint.gather(1, y[:, None])[:, 0] - joint.scatter(1, y[:, None], -torch.inf).amax(1)
+
     def separation(self) -> Tensor:
         r"""How far apart the class means are: :math:`\frac{1}{K-1} \sum_k \|\mu_k - \bar\mu\|^2_{P_k}` in nats, scalar.
 

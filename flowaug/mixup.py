@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowaug.gaussians import ClassGaussians
 from flowaug.pca import ClasswisePCA
 
 PARTNERS = ("bank", "batch", "gaussian")
@@ -27,6 +28,7 @@ class MixPlan:
         source: "bank", "batch" or "gaussian".
         rescaled: divide the mixed coordinates by ``√((1−w)² + w²)``, which keeps the radius that linear mixing shrinks.
         chosen: (M,) bool, samples that were drawn to take part; all of them when None.
+        redraws: further choices for the same M samples, for those whose label the ones before would lose.
     """
 
     index: Tensor
@@ -36,6 +38,7 @@ class MixPlan:
     source: str = "bank"
     rescaled: bool = False
     chosen: Tensor | None = None
+    redraws: tuple["MixPlan", ...] = ()
 
 
 def mix_latents(z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tensor:
@@ -58,6 +61,33 @@ def mix_latents(z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tenso
     if plan.rescaled:
         mixed = mixed / ((1 - w) ** 2 + w**2).sqrt()
     return z + pca.combine(mixed - own, y).to(z.dtype)
+
+
+def mix_keeping_labels(
+    z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan, gaussians: ClassGaussians
+) -> tuple[Tensor, Tensor]:
+    """Move latents by the first choice of a plan that keeps their label.
+
+    It does where the class Gaussians find the moved latent likeliest of its class, or, if they do not find the latent
+    itself so, no less likely beside the next class than before.
+
+    Args:
+        z: latents (M, D) of the samples that take part.
+        y: their labels (M,), in 0 … K − 1.
+        pca: the class axes.
+        plan: weights and partners of these M samples, and ``redraws``.
+        gaussians: the class Gaussians.
+
+    Returns:
+        Mixed latents (M, D), and whether a choice kept the label, bool (M,); where none did, the latent is as before.
+    """
+    least, mixed = gaussians.margin(z, y).clamp(max=0), z
+    kept = torch.zeros_like(y, dtype=torch.bool)
+    for choice in (plan, *plan.redraws):
+        moved = mix_latents(z, y, pca, choice)
+        fine = ~kept & (gaussians.margin(moved, y) >= least)
+        mixed, kept = torch.where(fine[:, None], moved, mixed), kept | fine
+    return mixed, kept
 
 
 def _partner_coordinates(own: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tensor:
@@ -153,15 +183,26 @@ class PlanSampler:
         rescaled: keep the radius that linear mixing shrinks.
         seed: seed of the generator, combined with ``rank``.
         rank: number of this process.
+        redraws: further choices for each sample.
     """
 
     def __init__(
-        self, pca: ClasswisePCA, policy: MixPolicy, partner: str, per_axis: bool, rescaled: bool, seed: int, rank: int
+        self,
+        pca: ClasswisePCA,
+        policy: MixPolicy,
+        partner: str,
+        per_axis: bool,
+        rescaled: bool,
+        seed: int,
+        rank: int,
+        redraws: int = 0,
     ):
         if partner not in PARTNERS:
             raise ValueError(f"partner is {partner!r}; expected one of {PARTNERS}")
+        if redraws < 0:
+            raise ValueError(f"redraws is {redraws}; expected 0 (labels are not checked) or more")
         self.pca, self.policy, self.partner = pca, policy, partner
-        self.per_axis, self.rescaled = per_axis, rescaled
+        self.per_axis, self.rescaled, self.redraws = per_axis, rescaled, redraws
         self.reseed(seed, rank)
 
     def reseed(self, *numbers: int) -> None:
@@ -176,8 +217,12 @@ class PlanSampler:
         index = everyone if self.partner == "batch" else everyone[coin < self.policy.max_p]
         index, coin = index.to(y.device), coin[index].to(y.device)
         y, known = y[index].clamp(0, self.pca.num_classes - 1), known[index]
-        partner, found = self._partners(y)
         chosen = coin < self.policy.p[y]
+        first, *others = (self._choice(index, y, known, chosen) for _ in range(1 + self.redraws))
+        return replace(first, redraws=tuple(others))
+
+    def _choice(self, index: Tensor, y: Tensor, known: Tensor, chosen: Tensor) -> MixPlan:
+        partner, found = self._partners(y)
         weight = self._weights(y) * (chosen & known & found)[:, None]
         return MixPlan(index, weight, partner, self._noise(y), self.partner, self.rescaled, chosen)
 

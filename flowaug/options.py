@@ -53,7 +53,7 @@ def check_disagreements(args: argparse.Namespace, recipe: dict) -> None:
     Raises:
         ValueError: naming both and the way out.
     """
-    optional = ("p", "rank", "per_axis", "rescaled", "policy", "off_epoch", "copies", "or_aa")
+    optional = ("p", "rank", "per_axis", "rescaled", "redraws", "policy", "off_epoch", "copies", "or_aa")
     idle = [n for n in optional if getattr(args, f"flow_aug_{n}") is not None]
     rules = {
         f"--flow-aug-{idle[0].replace('_', '-')} needs --flow-aug" if idle else "": idle and not args.flow_aug,
@@ -172,6 +172,12 @@ def _add_flow_aug_options(parser) -> None:
     switch = argparse.BooleanOptionalAction
     flow.add_argument("--flow-aug-per-axis", action=switch, help="a weight for each axis, not one for all of them")
     flow.add_argument("--flow-aug-rescaled", action=switch, help="keep the spread of a class, which mixing shrinks")
+    flow.add_argument(
+        "--flow-aug-redraws",
+        type=int,
+        metavar="N",
+        help="draw partner and weights anew, N times at most, where the class Gaussians find the label lost",
+    )
     flow.add_argument("--flow-aug-policy", type=Path, metavar="JSON", help="p, alpha and rank of single classes")
     flow.add_argument("--flow-aug-off-epoch", type=int, metavar="N", help="no flow augmentation from epoch N on")
     flow.add_argument(

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowaug.checkpoint import load_flow, load_pca
 from flowaug.checks import check_batch, check_class_names, check_pair
 from flowaug.flow import Flow
-from flowaug.mixup import MixPlan, MixPolicy, PlanSampler, mix_latents
+from flowaug.mixup import MixPlan, MixPolicy, PlanSampler, mix_keeping_labels, mix_latents
 from flowaug.pca import ClasswisePCA
 from flowaug.pixels import quantise, resize
 
@@ -36,6 +36,8 @@ class FlowMixupTransform:
         rank: leading axes to move along, None for all fitted.
         per_axis: one weight per axis instead of one per sample.
         rescaled: keep the radius that linear mixing shrinks.
+        redraws: draw partner and weights of a sample anew, up to so many times, while the class Gaussians find what
+            they come to of another class; what never keeps its label is refused. 0 checks no labels.
         policy: per class name, any of ``p``, ``alpha``, ``rank``: a mapping or the path of a JSON file.
         mean: mean of the classifier's normalisation per channel; None when images are in [0, 1].
         std: standard deviation of the classifier's normalisation.
@@ -67,6 +69,7 @@ class FlowMixupTransform:
         rank: int | None = None,
         per_axis: bool = False,
         rescaled: bool = False,
+        redraws: int = 0,
         policy: Mapping[str, Mapping[str, float]] | str | Path | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -87,7 +90,7 @@ class FlowMixupTransform:
         table = MixPolicy(p, alpha, rank, _read_policy(policy), names, pca.num_classes, pca.rank)
         self.flow = flow.freeze()
         self.pca = pca
-        self.sampler = PlanSampler(pca, table, partner, per_axis, rescaled, seed, process_index)
+        self.sampler = PlanSampler(pca, table, partner, per_axis, rescaled, seed, process_index, redraws)
         self.mean, self.std = _channel_constants(mean, std)
         self.luminance, self.unknown = luminance, unknown
         self.max_outside, self.batch_size, self.autocast = max_outside, batch_size, autocast
@@ -151,17 +154,21 @@ class FlowMixupTransform:
         pixels = self._to_pixels(x)
         sane = _fraction_outside(pixels) == 0
         small = self._to_flow(torch.where(sane[:, None, None, None], pixels, 0.0))
-        decoded = self._mix(small, y, plan)
+        decoded, kept = self._mix(small, y, plan)
         moving = (plan.weight != 0).any(1)
-        fine = sane & torch.isfinite(decoded).flatten(1).all(1) & (_fraction_outside(decoded) <= self.max_outside)
+        fine = sane & kept & torch.isfinite(decoded).flatten(1).all(1)
+        fine &= _fraction_outside(decoded) <= self.max_outside
         self._count(moving, fine, torch.ones_like(moving) if plan.chosen is None else plan.chosen)
         residual = enlarge(decoded - small, pixels.shape[2:])
         return torch.where((moving & fine)[:, None, None, None], self._from_pixels(pixels + residual, x), x)
 
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
+        """New images (M, C, H, W), and whether they kept their label, bool (M,)."""
         z = torch.cat([self.flow.encode(part)[0] for part in small.split(self.batch_size)]).float()
-        z = mix_latents(z, y, self.pca, plan)
-        return torch.cat([self.flow.decode(part) for part in z.split(self.batch_size)]).float()
+        mixed, kept = mix_latents(z, y, self.pca, plan), torch.ones_like(y, dtype=torch.bool)
+        if plan.redraws:
+            mixed, kept = mix_keeping_labels(z, y, self.pca, plan, self.flow.gaussians)
+        return torch.cat([self.flow.decode(part) for part in mixed.split(self.batch_size)]).float(), kept
 
     def _to_pixels(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
@@ -185,7 +192,7 @@ class FlowMixupTransform:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples seen, augmented, refused (NaN or out of range), and drawn but without a partner or a known label."""
+        """Samples seen, augmented, refused (NaN, out of range, label lost), drawn without partner or known label."""
         seen, augmented, refused, idle = self._counts.tolist()
         return {"seen": seen, "augmented": augmented, "refused": refused, "no_partner": idle}
 

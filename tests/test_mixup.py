@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowaug import ClasswisePCA, MixPlan, mix_latents
-from flowaug.mixup import MixPolicy, PlanSampler
+from flowaug import ClassGaussians, ClasswisePCA, MixPlan, mix_latents
+from flowaug.mixup import MixPolicy, PlanSampler, mix_keeping_labels
 from tests.oracles import mix_one
 
 
@@ -15,9 +15,8 @@ def latents():
 
 def sampler(pca, partner="bank", p=1.0, alpha=1.0, seed=0, rank=0, **keywords):
     policy = MixPolicy(p, alpha, keywords.pop("axes", None), keywords.pop("policy", None), ("a", "b", "c"), 3, pca.rank)
-    return PlanSampler(
-        pca, policy, partner, keywords.pop("per_axis", False), keywords.pop("rescaled", False), seed, rank
-    )
+    form = (keywords.pop("per_axis", False), keywords.pop("rescaled", False))
+    return PlanSampler(pca, policy, partner, *form, seed, rank, keywords.pop("redraws", 0))
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
@@ -32,6 +31,37 @@ def test_mixing_equals_the_formula_sample_by_sample(latents, source, per_axis, r
     expected = torch.stack([mix_one(z, y, pca, plan, i) for i in range(len(z))])
     torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=2e-5)
     assert (mixed - z).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("source", ["bank", "batch", "gaussian"])
+def test_the_first_choice_is_the_same_whatever_comes_after(latents, source):
+    pca, y = ClasswisePCA.fit(latents, rank=4), torch.arange(3).repeat(5)
+    one, more = (sampler(pca, source, p=0.7, per_axis=True, redraws=n)(y) for n in (0, 3))
+    assert (len(one.redraws), len(more.redraws)) == (0, 3)
+    assert torch.equal(one.partner, more.partner)
+    assert torch.equal(one.weight, more.weight)
+    for choice in more.redraws:
+        assert torch.equal(choice.index, one.index)
+        assert torch.equal((choice.weight != 0).any(1), (one.weight != 0).any(1))
+    assert not any(torch.equal(choice.weight, one.weight) for choice in more.redraws)
+
+
+def test_labels_are_kept_by_the_first_choice_that_does_sample_by_sample(latents):
+    pca, y = ClasswisePCA.fit(latents, rank=4), torch.arange(3).repeat_interleave(40)
+    z = torch.cat([rows[torch.arange(40) % len(rows)] for rows in latents]).float()
+    gaussians = ClassGaussians(1.5 * torch.randn(3, 10, generator=torch.Generator().manual_seed(1)), torch.ones(3, 10))
+    plan = sampler(pca, per_axis=True, redraws=2)(y)
+    mixed, kept = mix_keeping_labels(z, y, pca, plan, gaussians)
+    taken = []
+    for i in range(len(z)):
+        others = [k for k in range(3) if k != y[i]]
+        odds = lambda v, i=i, others=others: (joint := gaussians.log_joint(v[i : i + 1])[0])[y[i]] - joint[others].max()  # noqa: E731
+        tries = [mix_latents(z, y, pca, choice) for choice in (plan, *plan.redraws)]
+        good = [n for n, moved in enumerate(tries) if odds(moved) >= min(float(odds(z)), 0)]
+        taken.append(good[0] if good else None)
+        assert torch.equal(mixed[i], tries[good[0]][i] if good else z[i])
+        assert bool(kept[i]) == bool(good)
+    assert {0, 1, 2, None} <= set(taken)
 
 
 def test_full_rank_scalar_weight_is_plain_latent_mixup(latents):
@@ -144,6 +174,7 @@ BAD_POLICIES = [
     (dict(policy={"d": {"p": 1}}), "names a class 'd'"),
     (dict(policy={"a": {"prob": 1}}), "keys among"),
     (dict(policy={"a": {"p": -1}}), "probability from 0 to 1"),
+    (dict(redraws=-1), r"redraws is -1; expected 0"),
 ]
 
 

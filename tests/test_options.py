@@ -9,6 +9,7 @@ DISAGREE = [
     (["--flow-aug-copies", "3"], "--flow-aug-copies needs --flow-aug"),
     (["--flow-aug-per-axis"], "--flow-aug-per-axis needs --flow-aug"),
     (["--flow-aug-rescaled"], "--flow-aug-rescaled needs --flow-aug"),
+    (["--flow-aug-redraws", "2"], "--flow-aug-redraws needs --flow-aug"),
     (["--flow-aug", "--flow-aug-copies", "3", "--flow-aug-off-epoch", "1"], "give one"),
     (["--flow-aug", "--flow-aug-or-aa", "--aa", "rand-m9"], "--flow-aug-or-aa needs --flow-aug-copies"),
     (["--flow-aug", "--flow-aug-copies", "3", "--flow-aug-or-aa"], "--flow-aug-or-aa needs --aa"),

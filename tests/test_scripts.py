@@ -132,13 +132,14 @@ def test_options_of_the_mixture_reach_the_transform():
     plans = []
     for more in (
         ["--no-flow-aug-per-axis", "--no-flow-aug-rescaled"],
-        ["--flow-aug-per-axis", "--flow-aug-rescaled"],
+        ["--flow-aug-per-axis", "--flow-aug-rescaled", "--flow-aug-redraws", "2"],
         [],
     ):
         args = finetune.parse_args([*options, *more])
         accelerator = finetune.create_accelerator(args)
         plans.append(finetune.load_flow_mixup(args, load_dataset("digits"), accelerator).plan(torch.zeros(5).long()))
     assert [plan.rescaled for plan in plans] == [False, True, True]
+    assert [len(plan.redraws) for plan in plans] == [0, 2, 0]
     assert [len(plan.weight[0].unique()) for plan in plans] == [1, 8, 8]  # the last is the recipe's
 
 

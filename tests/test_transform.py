@@ -47,6 +47,18 @@ def test_weight_zero_returns_the_image_exactly(transform, size):
     assert torch.equal(transform.apply(x, y, still(transform, y)), x)
 
 
+def test_what_loses_its_label_comes_back_exactly_and_is_counted(flow, pca, monkeypatch):
+    x, y = batch()
+    checked, plain = (FlowMixupTransform(flow, pca, p=1.0, redraws=n) for n in (2, 0))
+    odds = iter([1.0, -1.0, -1.0, -1.0])  # of the images, and of three choices
+    monkeypatch.setattr("flowaug.gaussians.ClassGaussians.margin", lambda self, z, y: torch.full(y.shape, next(odds)))
+    assert torch.equal(checked(x, y)[0], x)
+    assert checked.counts == {"seen": 6, "augmented": 0, "refused": 6, "no_partner": 0}
+    odds = iter([-2.0, -1.0, -1.0, -1.0])  # no less likely than before
+    checked.reseed(0, 0)
+    assert torch.equal(checked(x, y)[0], plain(x, y)[0])
+
+
 def test_same_size_is_decode_of_the_mixed_latents(transform):
     from flowaug import mix_latents
     from flowaug.pixels import quantise
