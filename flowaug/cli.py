@@ -40,6 +40,14 @@ def _common_options(parser: argparse.ArgumentParser, split: str, output: str, wh
     parser.add_argument("--output", type=Path, default=Path(output), help=f"{what} ({output})")
 
 
+def _mixing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")
+    parser.add_argument("--partner", default="bank", choices=PARTNERS, help="where partners come from")
+    parser.add_argument("--per-axis", action="store_true", help="a weight for each axis, not one for all of them")
+    parser.add_argument("--rescaled", action="store_true", help="keep a class's spread, which mixing shrinks")
+    parser.add_argument("--redraws", type=int, default=0, help="draw anew, so many times, what would lose its label")
+
+
 def _preview_options(parser: argparse.ArgumentParser) -> None:
     _common_options(parser, "val", "preview.png", "where to write the PNG")
     parser.add_argument("--classes", type=int, default=10, help="classes to show, one row each")
@@ -48,6 +56,7 @@ def _preview_options(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _common_options(parser, "val", "runs/evaluate", "folder for the report")
+    _mixing_options(parser)
     parser.add_argument("--weights", type=float, nargs="+", default=WEIGHTS, help="shares of the partner")
     parser.add_argument(
         "--oracle",
@@ -67,11 +76,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--originals", action="store_true", help="write the images themselves too")
     parser.add_argument("--format", default="folder", choices=FORMATS, help="image folder of PNGs, or .tar shards")
     parser.add_argument("--p", type=float, default=1.0, help="share of the images that are augmented")
-    parser.add_argument("--alpha", type=float, default=1.0, help="weights are drawn from Beta(alpha, alpha)")
-    parser.add_argument("--partner", default="bank", choices=PARTNERS, help="where partners come from")
-    parser.add_argument("--per-axis", action="store_true", help="a weight for each axis, not one for all of them")
-    parser.add_argument("--rescaled", action="store_true", help="keep a class's spread, which mixing shrinks")
-    parser.add_argument("--redraws", type=int, default=0, help="draw anew, so many times, what would lose its label")
+    _mixing_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the augmentation")
     parser.set_defaults(run=export_images)
 
@@ -97,7 +102,7 @@ def preview_flow(args: argparse.Namespace) -> None:
 def evaluate_flow(args: argparse.Namespace) -> None:
     """Write the label-preservation report and say where it is."""
     data = open_images(args, args.split)
-    transform = _open_transform(args, data)
+    transform = _open_transform(args, data, **_mixing(args))
     data = random_subset(data, args.max_images, args.seed)
     channels = max(data.channels, transform.flow.event_shape[0])
     size = (args.image_size,) * 2 if args.image_size else tuple(transform.flow.event_shape[1:])
@@ -106,13 +111,14 @@ def evaluate_flow(args: argparse.Namespace) -> None:
     report = label_preservation(transform, oracle, images, targets, args.weights, args.seed)
     path = write_report(report, data.class_names, args.output, f"{args.flow} on {data.name} ({args.split})")
     shown = ", ".join(f"{row['accuracy']:.4f} at w = {row['weight']:g}" for row in report["weights"])
+    shown += f", {report['drawn']['accuracy']:.4f} as drawn"
     print(f"oracle accuracy {report['original']['accuracy']:.4f} on {len(images)} originals; {shown}")
     print(f"{path}, labels.json, labels.png")
 
 
 def export_images(args: argparse.Namespace) -> None:
     """Write the copies and say how many."""
-    options = {name: getattr(args, name) for name in ("p", "alpha", "partner", "per_axis", "rescaled", "redraws")}
+    options = {"p": args.p, **_mixing(args)}
     data = open_images(args, args.split)
     transform = _open_transform(args, data, **options)
     settings = {**options, "rank": args.rank, "luminance": args.luminance, "flow": identity(args.flow)}
@@ -123,6 +129,10 @@ def export_images(args: argparse.Namespace) -> None:
         f"{args.output}: {counts['images']} images written, {counts['kept']} there before; {counts['augmented']} "
         f"augmented, {counts['refused']} sent back by the guard, {counts['no_partner']} without a partner"
     )
+
+
+def _mixing(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("alpha", "partner", "per_axis", "rescaled", "redraws")}
 
 
 def _open_transform(args: argparse.Namespace, data, **options) -> FlowMixupTransform:

@@ -1,6 +1,7 @@
 """Does the augmentation keep the labels? An oracle's accuracy on augmented against original images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowaug.checkpoint import write_atomic, write_json
+from flowaug.mixup import MixPlan
 from flowaug.oracle import Oracle
 from flowaug.plots import curves
-from flowaug.report import fixed_plan
+from flowaug.report import drawn_plan, fixed_plan
 from flowaug.transform import FlowMixupTransform
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -27,8 +29,9 @@ def label_preservation(
 ) -> dict:
     """Judge original and augmented images.
 
-    Every image is mixed with a random training image of its class by each weight in turn. Images that the guard of the
-    transform sends back count as they are, and their share is reported.
+    Every image is mixed with a random training image of its class by each weight in turn, and once as the transform
+    draws partners and weights. Images that the guard of the transform sends back count as they are, and their share is
+    reported.
 
     Args:
         transform: the augmentation, for images in [0, 1] or uint8; its own generator is not used.
@@ -39,9 +42,10 @@ def label_preservation(
         seed: seed of the partners.
 
     Returns:
-        ``images, oracle, original`` and for each weight a row of ``accuracy`` (all images), ``kept`` (share of those
-        right before that are right after), ``per_class`` (accuracy by label, None where there is no image), ``moved``
-        (share that was changed) and ``rms_distance`` (root mean square change of a pixel, pixels in [0, 1]).
+        ``images, oracle, original``, and for each weight and as ``drawn`` a row of ``accuracy`` (all images), ``kept``
+        (share of those right before that are right after), ``per_class`` (accuracy by label, None where there is no
+        image), ``moved`` (share that was changed) and ``rms_distance`` (root mean square change of a pixel, pixels in
+        [0, 1]).
 
     Raises:
         ValueError: no image, not one label each, or images that the transform does not take.
@@ -51,23 +55,26 @@ def label_preservation(
             f"{len(images)} images and {len(targets)} labels; expected at least one image, a label for each"
         )
     transform(images[:0], targets[:0])  # an empty batch: its checks, no draw
-    bar = tqdm(total=len(images) * len(weights), desc="judging", unit=" images", leave=False, delay=2)
+    bar = tqdm(total=len(images) * (len(weights) + 1), desc="judging", unit=" images", leave=False, delay=2)
     with bar:
         before = torch.cat([oracle(part) for part in _parts(transform, images)]) == targets
-        rows = [_judge(transform, oracle, images, targets, before, w, seed, bar) for w in weights]
+        judge = partial(_judge, transform, oracle, images, targets, before, bar)
+        rows = [{"weight": w, **judge(lambda y, n, w=w: fixed_plan(transform, y, w, seed + n))} for w in weights]
+        drawn = judge(lambda y, n: drawn_plan(transform, y, seed + n))
     original = {"accuracy": _mean(before), "per_class": _per_class(transform, before, targets)}
-    return {"images": len(images), "oracle": oracle.name, "original": original, "weights": rows}
+    return {"images": len(images), "oracle": oracle.name, "original": original, "weights": rows, "drawn": drawn}
 
 
 def _parts(transform: FlowMixupTransform, images: Tensor):
     return (transform.pixels(part) for part in images.split(BATCH))
 
 
-def _judge(transform, oracle, images, targets, before: Tensor, weight: float, seed: int, bar) -> dict:
+def _judge(transform, oracle, images, targets, before: Tensor, bar, plan: Callable[[Tensor, int], MixPlan]) -> dict:
+    """A row of the report; ``plan`` takes labels and the number of the first of these images."""
     right, squared, moved = [], 0.0, 0
     for start in range(0, len(images), BATCH):
         x, y = transform.pixels(images[start : start + BATCH]), targets[start : start + BATCH]
-        augmented = transform.apply(x, y, fixed_plan(transform, y, weight, seed + start))
+        augmented = transform.apply(x, y, plan(y, start))
         right.append(oracle(augmented) == y)
         change = (augmented - x).double().flatten(1)
         squared += change.square().mean(1).sum().item()
@@ -75,7 +82,6 @@ def _judge(transform, oracle, images, targets, before: Tensor, weight: float, se
         bar.update(len(x))
     right = torch.cat(right)
     return {
-        "weight": weight,
         "accuracy": _mean(right),
         "kept": _mean(right[before]) if before.any() else None,
         "moved": moved / len(images),
@@ -117,16 +123,16 @@ def write_report(report: dict, class_names: Sequence[str], folder: Path, title: 
 
 
 def _markdown(report: dict, class_names: Sequence[str], title: str) -> str:
-    rows = report["weights"]
-    columns = ["original", *(f"w = {row['weight']:g}" for row in rows)]
+    rows = [*report["weights"], report["drawn"]]
+    columns = ["original", *(f"w = {row['weight']:g}" for row in report["weights"]), "as drawn"]
     by_class = [report["original"]["per_class"], *(row["per_class"] for row in rows)]
     lines = [(name, *(_show(values[k]) for values in by_class)) for k, name in enumerate(class_names)]
     return f"""# Label preservation: {title}
 
 Accuracy of an oracle ({report["oracle"]}) on {report["images"]} images before and after mixing each with a random
-training image of its class; w is the share of the partner. "kept": of the images that the oracle gets right before, the
-share that it gets right after. "moved": share that changed at all (the others were sent back by the guard, or w is 0).
-"distance": root mean square change of a pixel, pixels in [0, 1].
+training image of its class; w is the share of the partner, "as drawn" what a training gets. "kept": of the images that
+the oracle gets right before, the share that it gets right after. "moved": share that changed at all (the others were
+sent back by the guard, or w is 0). "distance": root mean square change of a pixel, pixels in [0, 1].
 
 {_table(("", *columns), _overall(report))}
 
@@ -139,7 +145,7 @@ By class:
 
 
 def _overall(report: dict) -> list[tuple[str, ...]]:
-    rows, blank = report["weights"], "–"
+    rows, blank = [*report["weights"], report["drawn"]], "–"
     accuracy = (_show(report["original"]["accuracy"]), *(_show(row["accuracy"]) for row in rows))
     others = {"kept": "kept", "moved": "moved", "distance": "rms_distance"}
     return [("accuracy", *accuracy), *((n, blank, *(_show(row[key]) for row in rows)) for n, key in others.items())]

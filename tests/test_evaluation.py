@@ -57,6 +57,20 @@ def test_report_equals_a_direct_computation(transform, batch):
         assert row["rms_distance"] == pytest.approx((augmented - x).square().mean().sqrt().item(), abs=1e-6)
 
 
+def test_report_says_what_a_training_gets(flow, pca, batch, monkeypatch):
+    images, targets = batch
+    transform = FlowMixupTransform(flow, pca, p=0.1, per_axis=True, rescaled=True, redraws=1)
+    drawn = label_preservation(transform, oracle(), images, targets, (), seed=3)["drawn"]
+    x = images.float() / 255
+    augmented = transform.apply(x, targets, drawn_plan(transform, targets, 3))
+    assert drawn["moved"] == (augmented != x).flatten(1).any(1).double().mean().item() > 0.1
+    assert drawn["rms_distance"] == pytest.approx((augmented - x).square().mean().sqrt().item(), abs=1e-6)
+    odds = iter([-1.0, -2.0, -2.0])  # of the images, and of two choices
+    monkeypatch.setattr("flowaug.gaussians.ClassGaussians.margin", lambda self, z, y: torch.full(y.shape, next(odds)))
+    lost = label_preservation(transform, oracle(), images, targets, (), seed=3)["drawn"]
+    assert (lost["moved"], lost["accuracy"]) == (0, 1.0)
+
+
 def test_preview_of_weights_for_each_axis_shows_draws_of_every_image(flow, pca, batch, tmp_path):
     x, y = batch[0][:3].float() / 255, batch[1][:3]
     one, each = (FlowMixupTransform(flow, pca, p=0.1, per_axis=per_axis) for per_axis in (False, True))
@@ -111,6 +125,7 @@ def test_files(transform, batch, tmp_path):
     path = write_report(report, ("ant|hill", *NAMES[1:]), tmp_path, "a flow on images")
     text = path.read_text()
     assert "| accuracy | 1.0000 | 1.0000 |" in text
+    assert "w = 1 | as drawn |" in text
     assert "| ant\\|hill | 1.0000 |" in text
     assert json.loads((tmp_path / "labels.json").read_text())["weights"] == report["weights"]
     with Image.open(tmp_path / "labels.png") as image:
