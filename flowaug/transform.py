@@ -165,9 +165,10 @@ class FlowMixupTransform:
     def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
         """New images (M, C, H, W), and whether they kept their label, bool (M,)."""
         z = torch.cat([self.flow.encode(part)[0] for part in small.split(self.batch_size)]).float()
-        mixed, kept = mix_latents(z, y, self.pca, plan), torch.ones_like(y, dtype=torch.bool)
         if plan.redraws:
             mixed, kept = mix_keeping_labels(z, y, self.pca, plan, self.flow.gaussians)
+        else:
+            mixed, kept = mix_latents(z, y, self.pca, plan), torch.ones_like(y, dtype=torch.bool)
         return torch.cat([self.flow.decode(part) for part in mixed.split(self.batch_size)]).float(), kept
 
     def _to_pixels(self, x: Tensor) -> Tensor:
