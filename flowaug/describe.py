@@ -26,8 +26,8 @@ def describe_mixing(counts: dict[str, int], can_move_first: bool) -> str:
         return text
     sooner = "move them before --aa changes them (--flow-aug-copies N) or " if can_move_first else ""
     return (
-        f"{text}; {counts['refused'] / drawn:.0%} of those drawn went back as they came: the flow has not seen the "
-        f"like of them; {sooner}train the flow for longer"
+        f"{text}; {counts['refused'] / drawn:.0%} of those drawn went back as they came, as no likely image of "
+        f"their class came of them; {sooner}train the flow for longer"
     )
 
 

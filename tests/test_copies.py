@@ -190,7 +190,7 @@ def test_much_that_the_guard_refuses_is_said_with_a_way_out():
     said = describe_mixing(much, can_move_first=True)
     assert "changed 30% of the images; 40% of those drawn went back" in said
     assert "(--flow-aug-copies N) or train the flow for longer" in said
-    assert "like of them; train the flow for longer" in describe_mixing(much, can_move_first=False)
+    assert "came of them; train the flow for longer" in describe_mixing(much, can_move_first=False)
     assert describe_mixing(dict.fromkeys(much, 0), can_move_first=False) == "flow mixup changed 0% of the images"
 
 
