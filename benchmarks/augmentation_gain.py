@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cells", nargs="+", default=["*"], metavar="PATTERN", help="classifier:size:arm, for example swin:*:flow")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of runs (0 to 4); all images take 0 to 2 only")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of runs; all images take those below 3 only")
     add("--steps", type=int, help="optimiser steps of every run, instead of those of its cell")
     add("--budget-hours", type=float, default=float("inf"), help="begin no run after these; 0 only reports")
     add("--threads", type=int, help="of torch")
