@@ -34,6 +34,7 @@ class Setup:
         batch_size: images per step.
         flow: options of ``train_flow.py``.
         settings: arm to what ``--tune`` may change.
+        by_size: size to arm to what replaces its settings there.
         tuned_on: classifier and size that ``--tune`` trains.
         folder: where runs are kept.
         length: steps of every run instead of those of its cell.
@@ -48,6 +49,7 @@ class Setup:
     batch_size: int
     flow: tuple[str, ...]
     settings: dict[str, dict[str, float]]
+    by_size: dict[str, dict[str, dict[str, float]]]
     tuned_on: tuple[str, str]
     folder: Path = Path("runs/augmentation_gain")
     length: int | None = None
@@ -134,6 +136,7 @@ SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take eve
     "noise": {"strength": 0.5},
     "gaussian": {"strength": 1.0},
 }
+BY_SIZE = {"500": {"flow": {"steps": 2400}, "axes": {"per_axis": False}}}  # docs/gains.md, on held-out images
 FULL = Setup(
     dataset="fashion_mnist",
     classifiers=CLASSIFIERS,
@@ -146,6 +149,7 @@ FULL = Setup(
     batch_size=64,
     flow=tuple("--coupling affine --opt muon --lr 0.007 --steps 600 --rank 64 --eval-every 100000".split()),
     settings=SETTINGS,
+    by_size=BY_SIZE,
     tuned_on=("resnet18", "20"),
 )
 SMOKE = Setup(
@@ -156,6 +160,7 @@ SMOKE = Setup(
     batch_size=16,
     flow=("--rank", "64", "--steps", "4", "--solve-at", "2", "--batch-size", "16"),
     settings=SETTINGS,
+    by_size={},
     tuned_on=("tiny", "8"),
 )
 
@@ -178,12 +183,17 @@ def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
     return main + further + whole
 
 
+def settings_of(name: str, size: str, setup: Setup) -> dict[str, float]:
+    """What ``--tune`` may change of an arm, as it is for a size."""
+    return setup.settings.get(name, {}) | setup.by_size.get(size, {}).get(name, {})
+
+
 def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:
     """Options of ``finetune.py`` for the classifier of a cell."""
-    parser, own = classifier_parser(""), setup.settings.get(cell.arm, {})
+    parser, own = classifier_parser(""), settings_of(cell.arm, cell.size, setup)
     mixing = {name: own[name] for name in ("mixup", "cutmix") if name in own}
     transforms = ARMS[cell.arm][0]
-    standard = setup.settings["standard"] if transforms else {}
+    standard = settings_of("standard", cell.size, setup) if transforms else {}
     steps = setup.length or setup.steps[cell.classifier][cell.size]
     common = {"weight_decay": 0.05, "warmup_share": 0.1, "batch_size": setup.batch_size, "seed": cell.seed}
     options = NO_CROP | common | mixing | setup.classifiers[cell.classifier] | transforms | standard
@@ -193,8 +203,9 @@ def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:
 
 def flow_options(cell: Cell, setup: Setup) -> list[str]:
     """Options of ``train_flow.py`` for the flow of a cell, seeded as its subset is; one flow for all images."""
-    own = setup.settings["flow"]
+    own = settings_of("flow", cell.size, setup)
+    longer = ["--steps", f"{own['steps']:g}"] if "steps" in own else []  # after the usual ones, which it overrides
     subset = [] if cell.size == "all" else ["--images-per-class", cell.size, "--subset-seed", str(cell.seed)]
     seed = "0" if cell.size == "all" else str(cell.seed)
     options = ["--kld-weight", f"{own['kld_weight']:g}", "--model-kwargs", f"hidden={own['hidden']:g}", "--seed", seed]
-    return ["--dataset", setup.dataset, *subset, *options, *setup.flow]
+    return ["--dataset", setup.dataset, *subset, *options, *setup.flow, *longer]

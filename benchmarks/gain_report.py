@@ -20,14 +20,15 @@ HEADER = (
 NOTES = """Test accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
 subset, an initialisation and an order; arms of a seed are paired and take equally many steps. Gains are mean paired
 differences: of arms with flow mixup beside `standard` against `standard`, of all others against `nothing`.
-`flow+standard` moves the images first, in copies that are then cropped, RandAugmented and erased; `standard+flow` moves
-batches that were cropped and RandAugmented. `axes` is flow mixup with a weight for each class axis and the spread of
-the class kept; `axes+standard` is compared with `flow+standard`. `axes-or-standard` moves the images first too, but
-those that were moved are cropped, flipped and erased only, not RandAugmented. `spared` is its control: the same images
-are spared RandAugment, but none is moved. Flows saw the training images of their run only, mirrored or not and shifted
-by a pixel at most, as the data set's recipe has it. Last loss: mean cross entropy of the last training batch, augmented
-as the arm does. Share: images that came back changed, of all that went through (`FlowMixupTransform.counts`; of
-`spared`, those spared). Times are those of an image in the runs, beside whatever else ran."""
+`flow+standard` moves the images first, in copies that are then cropped, RandAugmented and erased; `standard+flow`
+moves batches that were cropped and RandAugmented. `axes` is flow mixup by the settings named so, a weight for each
+class axis where `per_axis` is true, and the spread of the class kept; `axes+standard` is compared with
+`flow+standard`. `axes-or-standard` moves the images first too, but those that were moved are cropped, flipped and
+erased only, not RandAugmented. `spared` is its control: the same images are spared RandAugment, but none is moved.
+Flows saw the training images of their run only, mirrored or not and shifted by a pixel at most, as the data set's
+recipe has it. Last loss: mean cross entropy of the last training batch, augmented as the arm does. Share: images that
+came back changed, of all that went through (`FlowMixupTransform.counts`; of `spared`, those spared). Times are those
+of an image in the runs, beside whatever else ran."""
 
 
 def read_results(cells: list[Cell], setup: Setup) -> dict[Cell, dict]:
@@ -96,13 +97,19 @@ def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) ->
 `{command}`, {time.strftime("%Y-%m-%d")}, {machine}, torch {torch.__version__}, seeds {seeds}.
 {NOTES}
 
-Settings: `{json.dumps(setup.settings)}`.
+Settings: `{json.dumps(setup.settings)}`.{by_size(groups, setup)}
 
 {f"![gains with 95 % intervals]({picture.name})" if picture else "No pair of arms is finished yet."}
 
 {tables}
 """
     write_atomic(path, text.encode())
+
+
+def by_size(groups: list[tuple[str, str]], setup: Setup) -> str:
+    """What is set otherwise for the sizes of the report."""
+    other = {size: setup.by_size[size] for _, size in groups if size in setup.by_size}
+    return f"\nOtherwise, by images per class: `{json.dumps(other)}`." if other else ""
 
 
 def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -> Path | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from gain_arms import ARMS, CONTROL, FIRST, Cell, Setup, flow_options, options_of
+from gain_arms import ARMS, CONTROL, FIRST, Cell, Setup, flow_options, options_of, settings_of
 from rivals import create_augmentation
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -144,7 +144,8 @@ def find_flow(cell: Cell, setup: Setup) -> Path | str:
 
 def transform_options(cell: Cell, setup: Setup) -> dict:
     """Options of the augmentation of the batch; all move the same share of the images."""
-    own = {"p": setup.settings["flow"]["p"], **setup.settings[ARMS[cell.arm][1]]}
+    shared, particular = (settings_of(name, cell.size, setup) for name in ("flow", ARMS[cell.arm][1]))
+    own = {"p": shared["p"], **particular}
     names = ("p", "alpha", "rank", "per_axis", "rescaled", "strength", *(["redraws"] if own.get("redraws") else []))
     return {name: own[name] for name in names if name in own}  # runs without redraws are named as before there were any
 

@@ -205,6 +205,17 @@ def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_pat
     np.testing.assert_allclose((mean, width), (2, half), rtol=1e-6)
 
 
+def test_settings_of_a_size_reach_its_flow_its_mixing_and_the_report(benchmark):
+    arms, run, report = benchmark("gain_arms"), benchmark("gain_run"), benchmark("gain_report")
+    setup = replace(arms.FULL, by_size={"500": {"flow": {"steps": 700, "p": 0.25}, "axes": {"per_axis": False}}})
+    few, many = (arms.Cell("lite0", size, "axes", 0) for size in ("20", "500"))
+    assert [train_flow.parse_args(arms.flow_options(cell, setup)).steps for cell in (few, many)] == [600, 700]
+    mixed = [run.transform_options(cell, setup) for cell in (few, many)]
+    assert mixed[1] == mixed[0] | {"p": 0.25, "per_axis": False} != mixed[0]
+    assert report.by_size([few[:2]], setup) == ""
+    assert '{"500": {"flow": {"steps": 700' in report.by_size([few[:2], many[:2]], setup)
+
+
 def test_tuning_keeps_the_best_value_of_each_setting_in_turn(benchmark, tmp_path, monkeypatch):
     tuning, run = benchmark("gain_tuning"), benchmark("gain_run")
     score = lambda own: -((own["p"] - 1) ** 2) - (own["rank"] - own["p"] * 16) ** 2  # noqa: E731
