@@ -17,11 +17,11 @@ from flowaug.data import ImageDataset, stack_images
 from flowaug.generation import encode
 
 
-class PixelMixup(FlowMixupTransform):
-    """Same-label mixup of pixels: ``x + w (x_j − x)`` with a training image of the class (as SamplePairing).
+class LatentMixup(FlowMixupTransform):
+    """Same-label mixup of whole latents, ``z + w (z_j − z)``: full rank and a scalar weight.
 
     Args:
-        flow: gives size and classes; its couplings are not run.
+        flow: a trained flow.
         pca: class axes, of which the numbers of images per class are used.
         bank: the images that ``pca`` was fitted to, uint8 (N, C, H, W), class by class.
         **keywords: as for ``FlowMixupTransform``.
@@ -34,24 +34,25 @@ class PixelMixup(FlowMixupTransform):
         self.bank = self.points(bank.to(pca.axes.device))
 
     def points(self, bank: Tensor) -> Tensor:
-        """What partners are looked up in, (N, ...)."""
+        """What partners are looked up in: latents (N, D)."""
+        return encode(self.flow, bank)
+
+    def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        return torch.lerp(z, self.bank[plan.partner], plan.weight[:, :1])
+
+
+class PixelMixup(LatentMixup):
+    """Same-label mixup of pixels: ``x + w (x_j − x)`` with a training image of the class (as SamplePairing).
+
+    The flow gives size and classes; its couplings are not run.
+    """
+
+    def points(self, bank: Tensor) -> Tensor:
+        """What partners are looked up in: images (N, C, H, W) in [0, 1]."""
         return bank.float() / 255
 
     def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
         return torch.lerp(small, self.bank[plan.partner], plan.weight[:, :1, None, None]), torch.ones_like(y).bool()
-
-
-class LatentMixup(PixelMixup):
-    """Same-label mixup of whole latents, ``z + w (z_j − z)``: full rank and a scalar weight."""
-
-    def points(self, bank: Tensor) -> Tensor:
-        """Latents (N, D)."""
-        return encode(self.flow, bank)
-
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
-        z = self.flow.encode(small)[0]
-        mixed = torch.lerp(z, self.bank[plan.partner], plan.weight[:, :1])
-        return self.flow.decode(mixed), torch.ones_like(y).bool()
 
 
 class LatentNoise(FlowMixupTransform):
@@ -75,19 +76,16 @@ class LatentNoise(FlowMixupTransform):
         moving = (plan.weight != 0).any(1, keepdim=True).float()
         return replace(plan, weight=moving, noise=torch.from_numpy(noise).to(y.device))
 
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
-        z, deviation = self.flow.encode(small)[0], self.flow.gaussians.variance[y].sqrt()
-        mixed = z + plan.weight * self.strength * deviation * plan.noise
-        return self.flow.decode(mixed), torch.ones_like(y).bool()
+    def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        return z + plan.weight * self.strength * self.flow.gaussians.variance[y].sqrt() * plan.noise
 
 
 class ClassDraw(LatentNoise):
     """A draw from the class Gaussian in place of the image; ``strength`` is the temperature."""
 
-    def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
-        z, gaussians = self.flow.encode(small)[0], self.flow.gaussians
-        drawn = gaussians.mean[y] + (self.strength * gaussians.variance[y]).sqrt() * plan.noise
-        return self.flow.decode(torch.lerp(z, drawn, plan.weight)), torch.ones_like(y).bool()
+    def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        drawn = self.flow.gaussians.mean[y] + (self.strength * self.flow.gaussians.variance[y]).sqrt() * plan.noise
+        return torch.lerp(z, drawn, plan.weight)
 
 
 WITH_BANK = {"pixel": PixelMixup, "latent": LatentMixup}

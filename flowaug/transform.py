@@ -168,8 +168,11 @@ class FlowMixupTransform:
         if plan.redraws:
             mixed, kept = mix_keeping_labels(z, y, self.pca, plan, self.flow.gaussians)
         else:
-            mixed, kept = mix_latents(z, y, self.pca, plan), torch.ones_like(y, dtype=torch.bool)
+            mixed, kept = self._move(z, y, plan), torch.ones_like(y, dtype=torch.bool)
         return torch.cat([self.flow.decode(part) for part in mixed.split(self.batch_size)]).float(), kept
+
+    def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        return mix_latents(z, y, self.pca, plan)
 
     def _to_pixels(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
