@@ -104,7 +104,7 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     "standard": (STANDARD, None),
     "flow+standard": (STANDARD, "flow"),  # copies that the flow has moved are cropped, RandAugmented, erased
     "standard+flow": (STANDARD, "flow"),  # the flow gets batches that were
-    "axes": ({}, "axes"),  # flow mixup by a weight for each axis, the spread of the class kept
+    "axes": ({}, "axes"),  # flow mixup as --tune has left it, the spread of the class kept
     "axes+standard": (STANDARD, "axes"),
     "axes-or-standard": (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # no image that was moved is RandAugmented
     CONTROL: (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # its control: the same images spared, but none moved
