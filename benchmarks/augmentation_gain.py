@@ -3,6 +3,8 @@
     python benchmarks/augmentation_gain.py --plan                 # runs, hours, and what is there already
     python benchmarks/augmentation_gain.py --tune                 # settings from training images alone: tuning.md
     python benchmarks/augmentation_gain.py --budget-hours 8       # as many runs as fit; again to go on; RESULTS.md
+    python benchmarks/augmentation_gain.py --held-out 5000 --seeds 1000 --set axes.p=0.25 --cells 'swin:100:*standard' \
+        --output /tmp/quarter/RESULTS.md                          # try a setting, without the test images
     python benchmarks/augmentation_gain.py --smoke --folder /tmp/smoke --output /tmp/smoke/RESULTS.md
 
 Classifiers: the 7 M Swin (patches of 4) and a ResNet18 that pools after its stem from random weights,
@@ -44,7 +46,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gain_arms import FULL, SMOKE, Cell, Setup, cells, options_of
+from gain_arms import FULL, MORE_SETTINGS, SMOKE, Cell, Setup, cells, options_of
 from gain_report import read_results, report
 from gain_run import KEPT, load_sets, recall, result_path, run
 from gain_tuning import GRID, tune
@@ -66,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--budget-hours", type=float, default=float("inf"), help="begin no run after these; 0 only reports")
     add("--threads", type=int, help="of torch")
     add("--full-flow", metavar="FLOW", help="flow of all images; default: one is trained")
+    add("--held-out", type=int, metavar="N", help="judge by N other training images, not by the test images")
+    add("--set", nargs="+", default=[], metavar="ARM.SETTING=VALUE", help="such as axes.p=0.25 standard.aa=rand-m5-n1")
     add("--settings", type=Path, default=HERE / "tuning.json", help="--tune writes it; read if it exists")
     add("--folder", type=Path, default=HERE.parent / "runs" / "augmentation_gain", help="where runs are kept")
     add("--output", type=Path, default=HERE / "RESULTS.md", help="the report; a picture goes beside it")
@@ -75,14 +79,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tune", nargs="*", choices=GRID, metavar="OF", help="choose --settings on held-out images; of all, or of some"
     )
     task.add_argument("--plan", action="store_true", help="list runs and hours, and stop")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.set and args.tune is not None:
+        parser.error("--set would hold a setting against --tune, which is to choose it; give one of the two")
+    return args
 
 
 def create_setup(args: argparse.Namespace) -> Setup:
     """The benchmark that the options ask for; settings are the tuned ones where there are any."""
     setup = replace(SMOKE if args.smoke else FULL, folder=args.folder, length=args.steps)
     tuned = json.loads(args.settings.read_text()) if args.settings.is_file() and args.tune is None else {}
-    return replace(setup, settings=setup.settings | tuned, full_flow=args.full_flow)
+    given = {"full_flow": args.full_flow, "held_out": args.held_out}
+    return replace(setup, settings=setup.settings | tuned, replaced=read_assignments(args.set, setup.settings), **given)
+
+
+def read_assignments(given: list[str], settings: dict[str, dict]) -> dict[str, dict]:
+    """Arm to setting to value of what --set was given; values are JSON or, where they are none, text.
+
+    Raises:
+        ValueError: not of the form ARM.SETTING=VALUE, or no such setting.
+    """
+    known = {f"{arm}.{name}" for arm, own in settings.items() for name in (*own, *MORE_SETTINGS.get(arm, ()))}
+    replaced = {}
+    for assignment in given:
+        place, equals, value = assignment.partition("=")
+        if not equals or place not in known:
+            raise ValueError(f"--set {assignment!r}; expected ARM.SETTING=VALUE of {', '.join(sorted(known))}")
+        arm, name = place.split(".")
+        replaced.setdefault(arm, {})[name] = _json_or_text(value)
+    return replaced
+
+
+def _json_or_text(value: str):
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 def chosen_cells(patterns: list[str], everything: list[Cell]) -> list[Cell]:

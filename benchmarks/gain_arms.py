@@ -1,7 +1,7 @@
 """What ``augmentation_gain.py`` compares: classifiers, sizes, arms, their lengths and settings."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Setup:
         flow: options of ``train_flow.py``.
         settings: arm to what ``--tune`` may change.
         by_size: size to arm to what replaces its settings there.
+        replaced: arm to what replaces its settings everywhere.
         tuned_on: classifier and size that ``--tune`` trains.
         folder: where runs are kept.
         length: steps of every run instead of those of its cell.
@@ -51,6 +52,7 @@ class Setup:
     settings: dict[str, dict[str, float]]
     by_size: dict[str, dict[str, dict[str, float]]]
     tuned_on: tuple[str, str]
+    replaced: dict[str, dict] = field(default_factory=dict)
     folder: Path = Path("runs/augmentation_gain")
     length: int | None = None
     held_out: int | None = None
@@ -137,6 +139,7 @@ SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take eve
     "gaussian": {"strength": 1.0},
 }
 BY_SIZE = {"500": {"flow": {"steps": 2400}, "axes": {"per_axis": False}}}  # docs/gains.md, on held-out images
+MORE_SETTINGS = {"flow": ("steps",), "axes": ("p",)}  # that have a value only where they differ from the usual one
 FULL = Setup(
     dataset="fashion_mnist",
     classifiers=CLASSIFIERS,
@@ -185,7 +188,7 @@ def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
 
 def settings_of(name: str, size: str, setup: Setup) -> dict[str, float]:
     """What ``--tune`` may change of an arm, as it is for a size."""
-    return setup.settings.get(name, {}) | setup.by_size.get(size, {}).get(name, {})
+    return setup.settings.get(name, {}) | setup.by_size.get(size, {}).get(name, {}) | setup.replaced.get(name, {})
 
 
 def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:

@@ -17,7 +17,7 @@ HEADER = (
     "| arm | seeds | accuracy | gain over its base | `flow` beyond it | `axes` beyond it "
     "| last loss | share | ms (augmenting) |\n|---|---|---|---|---|---|---|---|---|"
 )
-NOTES = """Test accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
+NOTES = """Accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
 subset, an initialisation and an order; arms of a seed are paired and take equally many steps. Gains are mean paired
 differences: of arms with flow mixup beside `standard` against `standard`, of all others against `nothing`.
 `flow+standard` moves the images first, in copies that are then cropped, RandAugmented and erased; `standard+flow`
@@ -95,9 +95,9 @@ def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) ->
     text = f"""# What flow mixup adds to a classifier on {setup.dataset}
 
 `{command}`, {time.strftime("%Y-%m-%d")}, {machine}, torch {torch.__version__}, seeds {seeds}.
-{NOTES}
+Judged by {f"{setup.held_out} other training images" if setup.held_out else "the test images"}. {NOTES}
 
-Settings: `{json.dumps(setup.settings)}`.{by_size(groups, setup)}
+Settings: `{json.dumps(setup.settings)}`.{otherwise(groups, setup)}
 
 {f"![gains with 95 % intervals]({picture.name})" if picture else "No pair of arms is finished yet."}
 
@@ -106,17 +106,18 @@ Settings: `{json.dumps(setup.settings)}`.{by_size(groups, setup)}
     write_atomic(path, text.encode())
 
 
-def by_size(groups: list[tuple[str, str]], setup: Setup) -> str:
-    """What is set otherwise for the sizes of the report."""
+def otherwise(groups: list[tuple[str, str]], setup: Setup) -> str:
+    """What is set otherwise for the sizes of the report, or for all of it."""
     other = {size: setup.by_size[size] for _, size in groups if size in setup.by_size}
-    return f"\nOtherwise, by images per class: `{json.dumps(other)}`." if other else ""
+    by_size = f"\nOtherwise, by images per class: `{json.dumps(other)}`." if other else ""
+    return by_size + (f"\nFor this report: `{json.dumps(setup.replaced)}`." if setup.replaced else "")
 
 
 def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -> Path | None:
     """Draw the gains over the base arms; None if there is no pair yet."""
     panels = {f"{name}, {size}": gains(results, name, size) for name, size in groups}
     panels = {title: rows for title, rows in panels.items() if rows}
-    title = "gain in test accuracy over the same training without it"
+    title = "gain in accuracy over the same training without it"
     return intervals(panels, path, "percentage points", title) if panels else None
 
 

@@ -104,12 +104,18 @@ def identity(cell: Cell, setup: Setup) -> dict:
 
 @functools.cache
 def load_sets(dataset: str, size: str, seed: int, held_out: int | None) -> tuple[ImageDataset, ImageDataset]:
-    """Training images and those to judge by: the test images, or ``held_out`` other training images."""
+    """Training images and those to judge by: the test images, or ``held_out`` other training images.
+
+    Raises:
+        ValueError: no training image is left over.
+    """
     train = load_dataset(dataset, None, "train", None if size == "all" else int(size), seed)
     if held_out is None:
         return train, load_dataset(dataset, None, "val")
     seen, whole = {image.tobytes() for image in train.images}, load_dataset(dataset, None, "train")
     others = [i for i, image in enumerate(whole.images) if image.tobytes() not in seen]
+    if not others:
+        raise ValueError(f"size {size!r} of {dataset} leaves no image to hold out; judge fewer images per class")
     return train, random_subset(whole.subset(others), held_out, seed)
 
 

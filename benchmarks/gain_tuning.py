@@ -61,7 +61,7 @@ def tune(setup: Setup, names: list[str], command: str, path: Path, more: Callabl
     Returns:
         The table.
     """
-    setup, rows, kept = replace(setup, held_out=HELD_OUT), [], path.with_suffix(".jsonl")
+    setup, rows, kept = replace(setup, held_out=setup.held_out or HELD_OUT), [], path.with_suffix(".jsonl")
     recall(kept, setup)
     for name, grid in GRID.items():
         if name not in names or not more():

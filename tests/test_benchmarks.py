@@ -212,8 +212,34 @@ def test_settings_of_a_size_reach_its_flow_its_mixing_and_the_report(benchmark):
     assert [train_flow.parse_args(arms.flow_options(cell, setup)).steps for cell in (few, many)] == [600, 700]
     mixed = [run.transform_options(cell, setup) for cell in (few, many)]
     assert mixed[1] == mixed[0] | {"p": 0.25, "per_axis": False} != mixed[0]
-    assert report.by_size([few[:2]], setup) == ""
-    assert '{"500": {"flow": {"steps": 700' in report.by_size([few[:2], many[:2]], setup)
+    assert report.otherwise([few[:2]], setup) == ""
+    assert '{"500": {"flow": {"steps": 700' in report.otherwise([few[:2], many[:2]], setup)
+
+
+def test_a_setting_can_be_tried_on_held_out_images(benchmark, tmp_path, capsys):
+    gain, path = benchmark("augmentation_gain"), tmp_path / "R.md"
+    options = ["--smoke", "--steps", "1", "--seeds", "1000", "--folder", str(tmp_path / "runs"), "--output", str(path)]
+    options += ["--settings", str(tmp_path / "none.json"), "--cells", "tiny:8:axes+standard", "--held-out", "50"]
+    gain.main([*options, "--set", "axes.p=1", "flow.steps=2", "standard.aa=rand-m5-n1"])
+    (result,) = (json.loads(line) for line in path.with_name("RESULTS.jsonl").read_text().splitlines())
+    assert (result["images"], result["options"]["held_out"], result["options"]["aa"]) == (50, 50, "rand-m5-n1")
+    assert result["counts"]["augmented"] == result["counts"]["seen"] == 80
+    assert train_flow.parse_args(result["options"]["flow"]).steps == 2
+    text = path.read_text()
+    assert "Judged by 50 other training images. Accuracy" in text
+    assert 'For this report: `{"axes": {"p": 1}, "flow": {"steps": 2}, "standard"' in text
+    with pytest.raises(ValueError, match="leaves no image to hold out"):
+        gain.run(gain.Cell("tiny", "all", "nothing", 0), gain.create_setup(gain.parse_args(options)))
+
+
+def test_what_cannot_be_tried(benchmark, tmp_path, capsys):
+    gain = benchmark("augmentation_gain")
+    for wrong in ("axes.p", "p=0.5", "standard.p=0.5", "axes.speed=2", "walk.p=1"):
+        with pytest.raises(SystemExit, match=r"expected ARM.SETTING=VALUE of axes.alpha, axes.p, .*flow.steps"):
+            gain.main(["--smoke", "--set", wrong])
+    with pytest.raises(SystemExit):
+        gain.main(["--smoke", "--tune", "--set", "axes.p=1"])
+    assert "give one of the two" in capsys.readouterr().err
 
 
 def test_tuning_keeps_the_best_value_of_each_setting_in_turn(benchmark, tmp_path, monkeypatch):
