@@ -1,14 +1,16 @@
-"""Does the augmentation keep the labels? An oracle's accuracy on augmented against original images."""
+"""Does the augmentation keep labels and looks? An oracle's accuracy on augmented images, and their FID."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowaug.checkpoint import write_atomic, write_json
+from flowaug.metrics import fid
 from flowaug.mixup import MixPlan
 from flowaug.oracle import Oracle
 from flowaug.plots import curves
@@ -35,7 +37,7 @@ def label_preservation(
 
     Args:
         transform: the augmentation, for images in [0, 1] or uint8; its own generator is not used.
-        oracle: a classifier that did not train on these images.
+        oracle: a classifier of timm that did not train on these images.
         images: uint8 (N, C, H, W).
         targets: labels (N,).
         weights: shares of the partner.
@@ -44,11 +46,12 @@ def label_preservation(
     Returns:
         ``images, oracle, original``, and for each weight and as ``drawn`` a row of ``accuracy`` (all images), ``kept``
         (share of those right before that are right after), ``per_class`` (accuracy by label, None where there is no
-        image), ``moved`` (share that was changed) and ``rms_distance`` (root mean square change of a pixel, pixels in
-        [0, 1]).
+        image), ``moved`` (share that was changed), ``rms_distance`` (root mean square change of a pixel, pixels in
+        [0, 1]) and ``fid`` (of all images against the originals, by the features of the oracle; None of one image).
 
     Raises:
-        ValueError: no image, not one label each, or images that the transform does not take.
+        ValueError: no image, not one label each, images that the transform does not take, or an oracle that is not one
+            of timm.
     """
     if len(images) == 0 or len(images) != len(targets):
         raise ValueError(
@@ -57,11 +60,11 @@ def label_preservation(
     transform(images[:0], targets[:0])  # an empty batch: its checks, no draw
     bar = tqdm(total=len(images) * (len(weights) + 1), desc="judging", unit=" images", leave=False, delay=2)
     with bar:
-        before = torch.cat([oracle(part) for part in _parts(transform, images)]) == targets
+        before = _joined([oracle.judge(part) for part in _parts(transform, images)], targets)
         judge = partial(_judge, transform, oracle, images, targets, before, bar)
         rows = [{"weight": w, **judge(lambda y, n, w=w: fixed_plan(transform, y, w, seed + n))} for w in weights]
         drawn = judge(lambda y, n: drawn_plan(transform, y, seed + n))
-    original = {"accuracy": _mean(before), "per_class": _per_class(transform, before, targets)}
+    original = {"accuracy": _mean(before.right), "per_class": _per_class(transform, before.right, targets)}
     return {"images": len(images), "oracle": oracle.name, "original": original, "weights": rows, "drawn": drawn}
 
 
@@ -69,24 +72,37 @@ def _parts(transform: FlowMixupTransform, images: Tensor):
     return (transform.pixels(part) for part in images.split(BATCH))
 
 
-def _judge(transform, oracle, images, targets, before: Tensor, bar, plan: Callable[[Tensor, int], MixPlan]) -> dict:
+class _Judged(NamedTuple):
+    """What an oracle says of N images: whether their labels are right (N,), and their features (N, d)."""
+
+    right: Tensor
+    features: Tensor
+
+
+def _joined(batches: list[tuple[Tensor, Tensor]], targets: Tensor) -> _Judged:
+    labels, features = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return _Judged(labels.to(targets.device) == targets, features)
+
+
+def _judge(transform, oracle, images, targets, before: _Judged, bar, plan: Callable[[Tensor, int], MixPlan]) -> dict:
     """A row of the report; ``plan`` takes labels and the number of the first of these images."""
-    right, squared, moved = [], 0.0, 0
+    judged, squared, moved = [], 0.0, 0
     for start in range(0, len(images), BATCH):
         x, y = transform.pixels(images[start : start + BATCH]), targets[start : start + BATCH]
         augmented = transform.apply(x, y, plan(y, start))
-        right.append(oracle(augmented) == y)
+        judged.append(oracle.judge(augmented))
         change = (augmented - x).double().flatten(1)
         squared += change.square().mean(1).sum().item()
         moved += int((change != 0).any(1).sum())
         bar.update(len(x))
-    right = torch.cat(right)
+    after = _joined(judged, targets)
     return {
-        "accuracy": _mean(right),
-        "kept": _mean(right[before]) if before.any() else None,
+        "accuracy": _mean(after.right),
+        "kept": _mean(after.right[before.right]) if before.right.any() else None,
         "moved": moved / len(images),
         "rms_distance": (squared / len(images)) ** 0.5,
-        "per_class": _per_class(transform, right, targets),
+        "fid": fid(before.features, after.features) if len(images) > 1 else None,
+        "per_class": _per_class(transform, after.right, targets),
     }
 
 
@@ -132,7 +148,8 @@ def _markdown(report: dict, class_names: Sequence[str], title: str) -> str:
 Accuracy of an oracle ({report["oracle"]}) on {report["images"]} images before and after mixing each with a random
 training image of its class; w is the share of the partner, "as drawn" what a training gets. "kept": of the images that
 the oracle gets right before, the share that it gets right after. "moved": share that changed at all (the others were
-sent back by the guard, or w is 0). "distance": root mean square change of a pixel, pixels in [0, 1].
+sent back by the guard, or w is 0). "distance": root mean square change of a pixel, pixels in [0, 1]. "FID": of all
+these images against the originals, by the oracle's features; it compares between reports of the same oracle and images.
 
 {_table(("", *columns), _overall(report))}
 
@@ -147,7 +164,7 @@ By class:
 def _overall(report: dict) -> list[tuple[str, ...]]:
     rows, blank = [*report["weights"], report["drawn"]], "–"
     accuracy = (_show(report["original"]["accuracy"]), *(_show(row["accuracy"]) for row in rows))
-    others = {"kept": "kept", "moved": "moved", "distance": "rms_distance"}
+    others = {"kept": "kept", "moved": "moved", "distance": "rms_distance", "FID": "fid"}
     return [("accuracy", *accuracy), *((n, blank, *(_show(row[key]) for row in rows)) for n, key in others.items())]
 
 
@@ -157,4 +174,4 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _show(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else f"{round(value, 4) + 0:.4f}"  # the sum makes -0 a 0

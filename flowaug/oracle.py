@@ -82,12 +82,27 @@ class Oracle:
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """Penultimate features (B, d), what the last layer sees, of images (B, 1 or C, H, W) in [0, 1]."""
+        """Penultimate features (B, d), what the last layer sees, of images (B, 1 or C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: the model is not one of timm.
+        """
+        return self._pooled(self._trunk(x))
+
+    @torch.no_grad()
+    def judge(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Most likely labels (B,) and penultimate features (B, d) by one pass; as for :meth:`features`."""
+        hidden = self._trunk(x)
+        return self.model.forward_head(hidden).argmax(1), self._pooled(hidden)
+
+    def _trunk(self, x: Tensor) -> Tensor:
         if not (hasattr(self.model, "forward_features") and hasattr(self.model, "forward_head")):
             kind = type(self.model).__name__
             raise ValueError(f"{kind} has no forward_features and forward_head to stop at; take a model of timm")
-        x = self.model.forward_features(self._input(x))
-        return self.model.forward_head(x, pre_logits=True).flatten(1)
+        return self.model.forward_features(self._input(x))
+
+    def _pooled(self, hidden: Tensor) -> Tensor:
+        return self.model.forward_head(hidden, pre_logits=True).flatten(1)
 
     def _input(self, x: Tensor) -> Tensor:
         self.check_channels(x.shape[1])

@@ -8,6 +8,7 @@ from PIL import Image
 from flowaug import FlowMixupTransform
 from flowaug.data import ImageDataset
 from flowaug.evaluation import label_preservation, write_report
+from flowaug.metrics import fid
 from flowaug.oracle import Oracle, load_oracle, small_oracle
 from flowaug.report import draw_augmented, drawn_plan, fixed_plan
 from tests.conftest import NAMES, make_flow, make_pca
@@ -16,10 +17,16 @@ WEIGHTS = (0.0, 0.5, 1.0)
 
 
 class Brightness(torch.nn.Module):
-    """Calls dark images 0, middling ones 1, bright ones 2."""
+    """Calls dark images 0, middling ones 1, bright ones 2; its features are the mean pixels of the channels."""
+
+    def forward_features(self, x):
+        return x.mean((2, 3))
+
+    def forward_head(self, x, pre_logits=False):
+        return x if pre_logits else -(x.mean(1, keepdim=True) - torch.tensor([0.2, 0.5, 0.8])).abs()
 
     def forward(self, x):
-        return -(x.mean((1, 2, 3))[:, None] - torch.tensor([0.2, 0.5, 0.8])).abs()
+        return self.forward_head(self.forward_features(x))
 
 
 def oracle(model=None):
@@ -55,6 +62,8 @@ def test_report_equals_a_direct_computation(transform, batch):
         assert row["kept"] == row["accuracy"]
         assert row["per_class"] == [right[targets == k].double().mean().item() for k in range(3)]
         assert row["rms_distance"] == pytest.approx((augmented - x).square().mean().sqrt().item(), abs=1e-6)
+        means = (image.mean((2, 3)) for image in (x, augmented))
+        assert row["fid"] == pytest.approx(fid(*means), abs=1e-6)
 
 
 def test_report_says_what_a_training_gets(flow, pca, batch, monkeypatch):
@@ -89,6 +98,7 @@ def test_preview_of_weights_for_each_axis_shows_draws_of_every_image(flow, pca, 
 def test_weight_zero_moves_nothing_and_weights_move_ever_further(transform, batch):
     rows = label_preservation(transform, oracle(), *batch, WEIGHTS)["weights"]
     assert (rows[0]["moved"], rows[0]["rms_distance"], rows[0]["accuracy"]) == (0, 0, 1)
+    assert abs(rows[0]["fid"]) < 1e-6 < rows[1]["fid"] < rows[2]["fid"]
     assert rows[0]["rms_distance"] < rows[1]["rms_distance"] < rows[2]["rms_distance"]
 
 
@@ -103,7 +113,12 @@ def test_an_oracle_that_is_always_wrong(transform, batch):
     report = label_preservation(transform, oracle(), images, torch.full((9,), 2), (0.5,))
     assert report["original"]["per_class"] == [None, None, pytest.approx(1 / 3)]
     report = label_preservation(transform, oracle(), images[:1], torch.tensor([2]), (0.5,))
-    assert report["weights"][0]["kept"] is None
+    assert (report["weights"][0]["kept"], report["weights"][0]["fid"]) == (None, None)
+
+
+def test_an_oracle_without_features(transform, batch):
+    with pytest.raises(ValueError, match="take a model of timm"):
+        label_preservation(transform, oracle(torch.nn.Flatten()), *batch)
 
 
 def test_no_images(transform, batch):
@@ -126,6 +141,7 @@ def test_files(transform, batch, tmp_path):
     text = path.read_text()
     assert "| accuracy | 1.0000 | 1.0000 |" in text
     assert "w = 1 | as drawn |" in text
+    assert "| FID | – | 0.0000 |" in text
     assert "| ant\\|hill | 1.0000 |" in text
     assert json.loads((tmp_path / "labels.json").read_text())["weights"] == report["weights"]
     with Image.open(tmp_path / "labels.png") as image:
