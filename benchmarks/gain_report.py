@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from few_labels import half_width, interval
-from gain_arms import ARMS, COMPETITORS, Cell, Setup, base_of
+from gain_arms import ARMS, COMPETITORS, MAIN_ARMS, Cell, Setup, base_of
 from gain_run import KEPT, keep, result_path
 
 from flowaug.checkpoint import write_atomic
@@ -115,10 +115,24 @@ def otherwise(groups: list[tuple[str, str]], setup: Setup) -> str:
 
 def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -> Path | None:
     """Draw the gains over the base arms; None if there is no pair yet."""
-    panels = {f"{name}, {size}": gains(results, name, size) for name, size in groups}
+    by_group = {group: gains(results, *group) for group in groups}
+    panels = {f"{arm}, beyond {base_of(arm)}": _over_groups(by_group, arm) for arm in MAIN_ARMS[:0:-1]}
+    panels |= {f"{', '.join(group)} per class, beyond nothing": _alone(rows) for group, rows in by_group.items()}
     panels = {title: rows for title, rows in panels.items() if rows}
     title = "gain in accuracy over the same training without it"
     return intervals(panels, path, "percentage points", title) if panels else None
+
+
+def _over_groups(by_group: dict[tuple[str, str], dict], arm: str) -> dict[str, tuple[float, float]]:
+    """What an arm gains with each classifier and size."""
+    return {", ".join(group): rows[arm] for group, rows in by_group.items() if arm in rows}
+
+
+def _alone(rows: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """All gains over nothing, of a classifier that rivals were tried with too; else none."""
+    return (
+        {arm: gain for arm, gain in rows.items() if base_of(arm) == "nothing"} if rows.keys() - set(MAIN_ARMS) else {}
+    )
 
 
 def gains(results: dict[Cell, dict], classifier: str, size: str) -> dict[str, tuple[float, float]]:

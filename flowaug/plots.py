@@ -121,7 +121,7 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
 
 
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xlabel="", title=None) -> Path:
-    """Write means with their intervals as PNG: a panel for each group, all to one scale, a row for each name, 0 marked.
+    """Write means with their intervals as PNG: a panel and a scale for each group, a row for each name, 0 marked.
 
     Args:
         panels: group to name to (mean, half the width of its interval); a width that is not finite is not drawn.
@@ -134,38 +134,35 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xla
     """
     if not panels or not all(panels.values()):
         raise ValueError(f"panels {list(panels)}: expected at least one, each name: (mean, half width) once or more")
-    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
-    figure, places = _interval_panels(len(panels), len(names))
+    figure, places = _interval_panels(len(panels), max(map(len, panels.values())))
     for panel, (group, rows) in zip(places, panels.items(), strict=True):
-        _draw_intervals(panel, rows, names)
+        _draw_intervals(panel, rows)
         _style(panel, xlabel, None)
         panel.set_title(group, fontsize=FONT + 1, color=INK, parse_math=False)
-    places[0].set_yticks(range(len(names)), names, parse_math=False)
-    places[0].invert_yaxis()
     if title:
         figure.suptitle(title, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
     return _save(figure, Path(path))
 
 
 def _interval_panels(count: int, rows: int) -> tuple[Figure, list]:
-    """A figure and its panels, with one scale and the same rows."""
+    """A figure and its panels, of so many rows at most."""
     lines = math.ceil(count / MOST_PANELS)
     columns = math.ceil(count / lines)
-    size = (2.2 + 2.6 * columns, lines * (1.2 + 0.3 * rows))
+    size = (0.6 + 3.6 * columns, lines * (1.2 + 0.3 * rows))
     figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-    places = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel())
+    places = list(figure.subplots(lines, columns, squeeze=False).ravel())
     for panel in places[count:]:
         panel.remove()
-    for panel in places[:count]:
-        panel.tick_params(labelbottom=True)
     return figure, places[:count]
 
 
-def _draw_intervals(panel, rows: Mapping[str, tuple[float, float]], names: list[str]) -> None:
+def _draw_intervals(panel, rows: Mapping[str, tuple[float, float]]) -> None:
     panel.axvline(0, color=INK, lw=0.8)
-    for name, (mean, half) in rows.items():
-        place, half = names.index(name), half if np.isfinite(half) else 0.0
+    for place, (mean, half) in enumerate(rows.values()):
+        half = half if np.isfinite(half) else 0.0
         panel.errorbar(mean, place, xerr=half, color=COLOURS[0], marker="o", ms=4, capsize=3, lw=1.5)
+    panel.set_yticks(range(len(rows)), list(rows), parse_math=False)
+    panel.set_ylim(len(rows) - 0.5, -0.5)  # the first at the top
 
 
 def scatter(points: np.ndarray, labels: Sequence[int], names: Sequence[str], path, title=None, axes=("", "")) -> Path:
