@@ -115,24 +115,22 @@ def otherwise(groups: list[tuple[str, str]], setup: Setup) -> str:
 
 def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -> Path | None:
     """Draw the gains over the base arms; None if there is no pair yet."""
-    by_group = {group: gains(results, *group) for group in groups}
-    panels = {f"{arm}, beyond {base_of(arm)}": _over_groups(by_group, arm) for arm in MAIN_ARMS[:0:-1]}
-    panels |= {f"{', '.join(group)} per class, beyond nothing": _alone(rows) for group, rows in by_group.items()}
-    panels = {title: rows for title, rows in panels.items() if rows}
+    panels = gain_panels({", ".join(group): gains(results, *group) for group in groups})
     title = "gain in accuracy over the same training without it"
     return intervals(panels, path, "percentage points", title) if panels else None
 
 
-def _over_groups(by_group: dict[tuple[str, str], dict], arm: str) -> dict[str, tuple[float, float]]:
-    """What an arm gains with each classifier and size."""
-    return {", ".join(group): rows[arm] for group, rows in by_group.items() if arm in rows}
-
-
-def _alone(rows: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """All gains over nothing, of a classifier that rivals were tried with too; else none."""
-    return (
-        {arm: gain for arm, gain in rows.items() if base_of(arm) == "nothing"} if rows.keys() - set(MAIN_ARMS) else {}
-    )
+def gain_panels(by_group: dict[str, dict[str, tuple[float, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """A panel for each main arm, of all groups; and for each group and base, of all arms, where others were tried."""
+    panels = {
+        f"{arm}, beyond {base_of(arm)}": {group: rows[arm] for group, rows in by_group.items() if arm in rows}
+        for arm in MAIN_ARMS[:0:-1]
+    }
+    for group, rows in by_group.items():
+        for base in ("nothing", "standard"):
+            own = {arm: gain for arm, gain in rows.items() if base_of(arm) == base}
+            panels[f"{group}, beyond {base}"] = own if own.keys() - set(MAIN_ARMS) else {}
+    return {title: rows for title, rows in panels.items() if rows}
 
 
 def gains(results: dict[Cell, dict], classifier: str, size: str) -> dict[str, tuple[float, float]]:

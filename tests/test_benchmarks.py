@@ -205,6 +205,15 @@ def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_pat
     np.testing.assert_allclose((mean, width), (2, half), rtol=1e-6)
 
 
+def test_every_gain_has_a_place_in_the_picture(benchmark):
+    report, arms = benchmark("gain_report"), benchmark("gain_arms")
+    all_arms = {arm: (float(i), 0.0) for i, arm in enumerate(arms.ARMS) if arm != "nothing"}
+    panels = report.gain_panels({"swin, 20": all_arms, "lite0, 20": {"axes": (9.0, 0.0)}, "swin, 500": {}})
+    assert panels["axes, beyond nothing"] == {"swin, 20": all_arms["axes"], "lite0, 20": (9.0, 0.0)}
+    assert panels["swin, 20, beyond nothing"] | panels["swin, 20, beyond standard"] == all_arms
+    assert len(panels) == 3 + 2
+
+
 def test_settings_of_a_size_reach_its_flow_its_mixing_and_the_report(benchmark):
     arms, run, report = benchmark("gain_arms"), benchmark("gain_run"), benchmark("gain_report")
     setup = replace(arms.FULL, by_size={"500": {"flow": {"steps": 700, "p": 0.25}, "axes": {"per_axis": False}}})
