@@ -21,7 +21,8 @@ from flowaug.plots import curves
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python benchmarks/kld_sweep.py"
 BUDGET = (
-    "--dataset fashion_mnist --batch-size 256 --lr 0.02 --clip-grad 100 --rank 4 --conditioner-dtype bfloat16 --cpu"
+    "--dataset fashion_mnist --batch-size 256 --opt adamax --lr 0.02 --clip-grad 100 --rank 4"
+    " --conditioner-dtype bfloat16 --cpu"
 )
 SOLVE = ["--solve-at", "50"]
 WEIGHTS = (1, 10, 30, 100, 300, 1000, 3000, 10_000)

@@ -115,7 +115,7 @@ def _add_flow_training_options(parser) -> None:
         "--opt",
         choices=OPTIMIZERS,
         default="adamax",
-        help="muon classifies better in few steps, at --lr .005 to .01 (adamax)",
+        help="muon learns more in as many steps, at --lr .005 to .01 (adamax)",
     )
     training.add_argument("--lr", type=float, help="peak learning rate")
     training.add_argument("--warmup-steps", type=int, help="steps of linear learning-rate warm-up")
