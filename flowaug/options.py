@@ -114,8 +114,7 @@ def _add_flow_training_options(parser) -> None:
     training.add_argument(
         "--opt",
         choices=OPTIMIZERS,
-        default="adamax",
-        help="muon learns more in as many steps, at --lr .005 to .01 (adamax)",
+        help="muon learns more in as many steps, at --lr .005 to .015; the papers take adamax (muon)",
     )
     training.add_argument("--lr", type=float, help="peak learning rate")
     training.add_argument("--warmup-steps", type=int, help="steps of linear learning-rate warm-up")
