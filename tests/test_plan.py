@@ -30,7 +30,7 @@ def test_speed_is_positive():
 def test_dry_run_of_a_flow_prints_its_plan_and_writes_nothing(tmp_path, capsys):
     train_flow.main(["--dry-run", "--cpu", "--output", str(tmp_path / "out")])
     text = capsys.readouterr().out
-    for part in ("1438 training and 359 val images of 8×8×1", "mef_tiny", "λ' = 10", "2000 steps of 64", "GiB", "FLOP"):
+    for part in ("1438 training and 359 val images of 8×8×1", "mef_tiny", "λ' = 10", "1400 steps of 64", "GiB", "FLOP"):
         assert part in text
     assert not Path(tmp_path / "out").exists()
 
@@ -42,7 +42,7 @@ def test_dry_run_of_a_classifier_says_which_flow(tmp_path, capsys):
     assert "digits, mef_tiny, for images (1, 8, 8)" in text
     assert "eva02_tiny_patch14_224, 5.43 M parameters, input (1, 224, 224)" in text
     finetune.main(["--dry-run", "--images-per-class", "5", "--flow-aug", *output])
-    assert "trained first: mef_tiny, 2000 steps at most" in capsys.readouterr().out
+    assert "trained first: mef_tiny, 1400 steps at most" in capsys.readouterr().out
     finetune.main(["--dry-run", *output])
     assert "flow       none" in capsys.readouterr().out
     assert not Path(tmp_path / "out").exists()
