@@ -22,6 +22,7 @@ CELL = 48  # pixels: the least side of an image in a grid
 WIDEST_CELL = 160  # images grow no further for the sake of long column labels
 GAP, WIDE_GAP, MARGIN = 4, 16, 12  # pixels
 FONT, TITLE_FONT, INK = 9, 11, "#222222"
+TITLE_PIXELS = 9  # a bold character of a title is as wide or less
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
 CLASS_COLOURS = (*COLOURS, "#000000", "#8C564B", "#888888", "#6A3D9A")
 MARKERS = "os^Dv<>p"  # times the colours: 80 looks of a class
@@ -115,8 +116,7 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
             panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if ylabel and len(series) > 1:
         _legend(panels[0])
-    if title:
-        figure.suptitle(title, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
+    _head(figure, title)
     return _save(figure, Path(path))
 
 
@@ -127,7 +127,7 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xla
         panels: group to name to (mean, half the width of its interval); a width that is not finite is not drawn.
         path: the PNG.
         xlabel: what is measured.
-        title: a line above.
+        title: above them, wrapped to the picture's width.
 
     Raises:
         ValueError: no group, or one that is empty.
@@ -139,9 +139,14 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xla
         _draw_intervals(panel, rows)
         _style(panel, xlabel, None)
         panel.set_title(group, fontsize=FONT + 1, color=INK, parse_math=False)
-    if title:
-        figure.suptitle(title, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
+    _head(figure, title)
     return _save(figure, Path(path))
+
+
+def _head(figure: Figure, title: str | None) -> None:
+    if title:
+        wrapped = textwrap.fill(title, int(figure.get_figwidth() * DPI) // TITLE_PIXELS)
+        figure.suptitle(wrapped, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
 
 
 def _interval_panels(count: int, rows: int) -> tuple[Figure, list]:
@@ -260,7 +265,7 @@ def _draw_grid(canvas, lefts, cell, row_labels, column_labels, title, path: Path
     """Lay the canvas and its labels out in whole pixels, so that nothing is resampled."""
     left = MARGIN + max((_text_size(label)[0] + 8 for label in row_labels), default=0)
     width = left + max(canvas.shape[1], 2 * WIDEST_CELL * bool(title)) + MARGIN
-    title = textwrap.fill(title or "", (width - left) // 9)  # a bold character is 9 pixels wide or less
+    title = textwrap.fill(title or "", (width - left) // TITLE_PIXELS)
     top = MARGIN + canvas.shape[0]  # y counts from below
     above = max((_text_size(label)[1] + 6 for label in column_labels), default=0)
     height = top + above + (_text_size(title, TITLE_FONT, "bold")[1] + 12 if title else 0) + MARGIN

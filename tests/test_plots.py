@@ -125,6 +125,12 @@ def test_intervals_are_as_wide_as_they_say_about_their_mean(tmp_path):
     assert two.shape[0] == narrow.shape[0] == dots.shape[0] - 30
 
 
+def test_a_title_is_wrapped_to_the_width_of_its_intervals(tmp_path):
+    title = "gain in accuracy over the same training without it"
+    picture = read(intervals({"axes": {"swin": (1.0, 1.0)}}, tmp_path / "a.png", title=title))
+    assert (picture[:40, [*range(4), *range(-4, 0)]] == 255).all()  # nothing at the edges, where it was cut off
+
+
 def test_panels_of_intervals_have_a_scale_each(tmp_path):
     picture = read(intervals({"wide": {"x": (0.0, 4.0)}, "narrow": {"x": (0.0, 1.0)}}, tmp_path / "two.png"))
     middle = picture.shape[1] // 2
