@@ -7,28 +7,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from few_labels import half_width, interval
-from gain_arms import ARMS, COMPETITORS, MAIN_ARMS, Cell, Setup, base_of
+from gain_arms import ARMS, COMPETITORS, CONTROL, MAIN_ARMS, Cell, Setup, base_of
 from gain_run import KEPT, keep, result_path
 
 from flowaug.checkpoint import write_atomic
 from flowaug.plots import intervals
 
-HEADER = (
-    "| arm | seeds | accuracy | gain over its base | `flow` beyond it | `axes` beyond it "
-    "| last loss | share | ms (augmenting) |\n|---|---|---|---|---|---|---|---|---|"
-)
+BLANK = "–"
 NOTES = """Accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
 subset, an initialisation and an order; arms of a seed are paired and take equally many steps. Gains are mean paired
 differences: of arms with flow mixup beside `standard` against `standard`, of all others against `nothing`.
-`flow+standard` moves the images first, in copies that are then cropped, RandAugmented and erased; `standard+flow`
-moves batches that were cropped and RandAugmented. `axes` is flow mixup by the settings named so, a weight for each
-class axis where `per_axis` is true, and the spread of the class kept; `axes+standard` is compared with
-`flow+standard`. `axes-or-standard` moves the images first too, but those that were moved are cropped, flipped and
-erased only, not RandAugmented. `spared` is its control: the same images are spared RandAugment, but none is moved.
 Flows saw the training images of their run only, mirrored or not and shifted by a pixel at most, as the data set's
 recipe has it. Last loss: mean cross entropy of the last training batch, augmented as the arm does. Share: images that
-came back changed, of all that went through (`FlowMixupTransform.counts`; of `spared`, those spared). Times are those
-of an image in the runs, beside whatever else ran."""
+came back changed, of all that went through (`FlowMixupTransform.counts`). Times are those of an image in the runs,
+beside whatever else ran."""
+OF_ARM = {  # what is to be said of an arm where it is in the report
+    "flow+standard": "moves the images first, in copies that are then cropped, RandAugmented and erased.",
+    "standard+flow": "moves batches that were cropped and RandAugmented.",
+    "axes": "is flow mixup by the settings named so, a weight for each class axis where `per_axis` is true, and the\n"
+    "  spread of the class kept.",
+    "axes+standard": "moves the images first, by the settings of `axes`, in copies that are then cropped,\n"
+    "  RandAugmented and erased.",
+    "axes-or-standard": "is the same, but those that were moved are cropped, flipped and erased only.",
+    CONTROL: "is the control of that: the same images are spared RandAugment (share), but none is moved.",
+}
 
 
 def read_results(cells: list[Cell], setup: Setup) -> dict[Cell, dict]:
@@ -51,37 +53,53 @@ def paired(first: dict[int, float], second: dict[int, float]) -> np.ndarray:
 def difference(first: dict[int, float], second: dict[int, float]) -> str:
     """Mean paired difference ± half width, or a dash."""
     values = paired(first, second)
-    return interval(values) if len(values) else "–"
+    return interval(values) if len(values) else BLANK
 
 
-def row(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> str:
-    """One arm as a line of the table."""
+def row(results: dict[Cell, dict], classifier: str, size: str, arm: str) -> dict[str, str]:
+    """One arm as a line of the table, by column."""
     own, base = (accuracies(results, classifier, size, name) for name in (arm, base_of(arm)))
-    gain = difference(own, base) if arm != "nothing" else "–"
     same = [result for cell, result in results.items() if cell[:3] == (classifier, size, arm)]
     loss, step, augmenting = (
         np.mean([result[name] for result in same]) for name in ("last_loss", "step_ms", "augment_ms")
     )
-    mean, costs = interval(np.array(list(own.values()))), f"{share(same)} | {step:.2f} ({augmenting:.2f})"
     others = (accuracies(results, classifier, size, name) for name in COMPETITORS.get(arm, (None, None)))
-    beyond = " | ".join(difference(other, own) for other in others)
-    return f"| {arm} | {len(own)} | {mean} | {gain} | {beyond} | {loss:.2f} | {costs} |"
+    by_flow, by_axes = (difference(other, own) for other in others)
+    return {
+        "arm": arm,
+        "seeds": str(len(own)),
+        "accuracy": interval(np.array(list(own.values()))),
+        "gain over its base": difference(own, base) if arm != base_of(arm) else BLANK,
+        "`flow` beyond it": by_flow,
+        "`axes` beyond it": by_axes,
+        "last loss": f"{loss:.2f}",
+        "share": share(same),
+        "ms (augmenting)": f"{step:.2f} ({augmenting:.2f})",
+    }
 
 
 def share(results: list[dict]) -> str:
     """Share of the images that were changed, over all runs of an arm."""
     counts = [result["counts"] for result in results if result["counts"]]
     seen = sum(count["seen"] for count in counts)
-    return f"{sum(count['augmented'] for count in counts) / seen:.3f}" if seen else "–"
+    return f"{sum(count['augmented'] for count in counts) / seen:.3f}" if seen else BLANK
 
 
 def table(results: dict[Cell, dict], classifier: str, size: str, setup: Setup) -> str:
-    """All arms of a classifier and size that have a result."""
+    """All arms of a classifier and size that have a result, by the columns that say something of one of them."""
     done = {cell.arm for cell in results if cell[:2] == (classifier, size)}
     rows = [row(results, classifier, size, arm) for arm in ARMS if arm in done]
+    columns = [name for name in rows[0] if any(r[name] != BLANK for r in rows)]
+    lines = [columns, ["---"] * len(columns), *([r[name] for name in columns] for r in rows)]
     steps = setup.length or setup.steps[classifier][size]
     images = "all images" if size == "all" else f"{size} images per class"
-    return f"## {classifier}, {images}, {steps} steps of {setup.batch_size}\n\n{HEADER}\n" + "\n".join(rows)
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## {classifier}, {images}, {steps} steps of {setup.batch_size}\n\n{body}"
+
+
+def notes(arms: set[str]) -> str:
+    """How to read a report of these arms."""
+    return "\n".join([NOTES, "", *(f"* `{arm}` {text}" for arm, text in OF_ARM.items() if arm in arms)])
 
 
 def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) -> None:
@@ -91,11 +109,12 @@ def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) ->
     tables = "\n\n".join(table(results, *group, setup) for group in groups)
     seeds = ", ".join(map(str, sorted({cell.seed for cell in results})))
     machine = "; ".join(sorted({result["machine"] for result in results.values()}))
+    judges = f"{setup.held_out} other training images" if setup.held_out else "the test images"
     picture = draw(results, groups, path.with_suffix(".png"))
     text = f"""# What flow mixup adds to a classifier on {setup.dataset}
 
 `{command}`, {time.strftime("%Y-%m-%d")}, {machine}, torch {torch.__version__}, seeds {seeds}.
-Judged by {f"{setup.held_out} other training images" if setup.held_out else "the test images"}. {NOTES}
+Judged by {judges}. {notes({cell.arm for cell in results})}
 
 Settings: `{json.dumps(setup.settings)}`.{otherwise(groups, setup)}
 

@@ -193,16 +193,28 @@ def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_pat
         for arm, values in scores.items()
         for seed, top1 in enumerate(values)
     }
-    rows = {arm: report.row(results, "tiny", "8", arm).split(" | ") for arm in scores}
+    rows = {arm: list(report.row(results, "tiny", "8", arm).values()) for arm in scores}
     half = 4.302653 / 3**0.5  # t of two degrees of freedom; the differences 1, 2, 3 have a standard deviation of 1
     gain = f"2.00 ± {half:.2f}"
     assert rows["flow"][1:6] == ["3", "62.00 ± 27.33", gain, "–", gain]
-    assert rows["flow"][6:] == ["0.38", "0.250", "2.00 (0.50) |"]
+    assert rows["flow"][6:] == ["0.38", "0.250", "2.00 (0.50)"]
     assert rows["pixel"][3:6] == ["0.50 ± 6.35", "1.00 ± 0.00", "3.00 ± 12.71"]
     assert rows["flow+standard"][3:6] == ["–", "–", "5.00 ± 63.53"]
     assert rows["axes"][4:6] == ["–", "–"]
     mean, width = report.gains(results, "tiny", "8")["flow"]
     np.testing.assert_allclose((mean, width), (2, half), rtol=1e-6)
+
+
+def test_a_report_has_the_columns_and_notes_that_its_arms_ask_for(benchmark):
+    report, arms = benchmark("gain_report"), benchmark("gain_arms")
+    facts = {"top1": 0.5, "step_ms": 2.0, "augment_ms": 0.5, "last_loss": 0.375, "counts": None}
+    results = {arms.Cell("tiny", "8", arm, 0): facts for arm in ("nothing", "axes", "pixel")}
+    few = {cell: result for cell, result in results.items() if cell.arm != "pixel"}
+    headers = [report.table(r, "tiny", "8", arms.SMOKE).splitlines()[2] for r in (few, results)]
+    assert headers[0] == "| arm | seeds | accuracy | gain over its base | last loss | ms (augmenting) |"
+    assert headers[1] == headers[0].replace("| last", "| `axes` beyond it | last")
+    assert "* `axes` is flow mixup" in report.notes({"nothing", "axes"})
+    assert "`spared`" not in report.notes({"nothing", "axes"})
 
 
 def test_every_gain_has_a_place_in_the_picture(benchmark):
