@@ -11,6 +11,7 @@ from gain_arms import ARMS, COMPETITORS, CONTROL, MAIN_ARMS, Cell, Setup, base_o
 from gain_run import KEPT, keep, result_path
 
 from flowaug.checkpoint import write_atomic
+from flowaug.markdown import markdown_table
 from flowaug.plots import intervals
 
 BLANK = "–"
@@ -22,7 +23,8 @@ recipe has it. Last loss: mean cross entropy of the last training batch, augment
 came back changed, of all that went through (`FlowMixupTransform.counts`). Times are those of an image in the runs,
 beside whatever else ran."""
 OF_ARM = {  # what is to be said of an arm where it is in the report
-    "flow+standard": "moves the images first, in copies that are then cropped, RandAugmented and erased.",
+    "flow+standard": "moves the images first, in copies that are then cropped, RandAugmented and erased;\n"
+    "  `axes+standard` is compared with it.",
     "standard+flow": "moves batches that were cropped and RandAugmented.",
     "axes": "is flow mixup by the settings named so, a weight for each class axis where `per_axis` is true, and the\n"
     "  spread of the class kept.",
@@ -90,10 +92,9 @@ def table(results: dict[Cell, dict], classifier: str, size: str, setup: Setup) -
     done = {cell.arm for cell in results if cell[:2] == (classifier, size)}
     rows = [row(results, classifier, size, arm) for arm in ARMS if arm in done]
     columns = [name for name in rows[0] if any(r[name] != BLANK for r in rows)]
-    lines = [columns, ["---"] * len(columns), *([r[name] for name in columns] for r in rows)]
+    body = markdown_table(columns, ([r[name] for name in columns] for r in rows))
     steps = setup.length or setup.steps[classifier][size]
     images = "all images" if size == "all" else f"{size} images per class"
-    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"## {classifier}, {images}, {steps} steps of {setup.batch_size}\n\n{body}"
 
 

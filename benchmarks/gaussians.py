@@ -25,6 +25,7 @@ from flowaug.estimators import fpi
 from flowaug.estimators.balance import Balance
 from flowaug.estimators.fpi import VARIANCE_BOUNDS, make_balance
 from flowaug.host import machine_name
+from flowaug.markdown import markdown_table
 from flowaug.moments import ClassMoments
 
 BOTH, MEANS = ("mean", "variance"), ("mean",)
@@ -166,11 +167,6 @@ def peer_row(k: int = 100, d: int = 3072):
     return [f"{literal * 1e3:.0f}", f"{ours * 1e3:.1f}", f"{literal / ours:.0f}", f"{error:.0e}"]
 
 
-def table(header: list[str], rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 def report(max_steps: int) -> str:
     before, sizes, bare, peer = peak_memory(), list(large_rows()), list(iteration_rows()), peer_row()
     steps = list(convergence_rows(max_steps))
@@ -187,24 +183,24 @@ Ours is a projected L-BFGS with memory 4 whose metric is the step along each coo
 where variances are learned, that to the coordinate's minimum; refused trials count as steps.
 Anderson has memory 5 and the same damping of ½; plain is the damped iteration.
 
-{table(["K", "D", "learned", "λ'", "ours", "Anderson", "plain"], steps)}
+{markdown_table(["K", "D", "learned", "λ'", "ours", "Anderson", "plain"], steps)}
 
 ## K = 1000, D = 4096: full solves
 
 Peak memory is that of the whole process, Python and torch included ({before:.2f} GiB before any work).
 
-{table(["learned", "initial variances", "λ'", "steps", "residual", "seconds", "peak GiB"], sizes)}
+{markdown_table(["learned", "initial variances", "λ'", "steps", "residual", "seconds", "peak GiB"], sizes)}
 
 ## K = 1000, D = 4096: one evaluation of Eq. (5) and (6) against the six bare products in it
 
 Divergences and data term are float64 in both rows; the forces are float32 for tolerances down to 1e-5, float64
 below.
 
-{table(["forces", "evaluation, s", "bare products, s", "ratio"], bare)}
+{markdown_table(["forces", "evaluation, s", "bare products, s", "ratio"], bare)}
 
 ## K = 100, D = 3072: one sweep against tensors of shape (K, K, D)
 
-{table(["(K, K, D) float32, ms", "ours, ms", "faster by", "largest difference of the sweep"], [peer])}
+{markdown_table(["(K, K, D) float32, ms", "ours, ms", "faster by", "largest difference of the sweep"], [peer])}
 """
 
 

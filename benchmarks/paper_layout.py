@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from flowaug.markdown import markdown_table
+
 
 class Draw(NamedTuple):
     """Images drawn from a flow at a temperature, from its own Gaussians or from full covariances (RFCM)."""
@@ -77,20 +79,14 @@ def cell(results: Results, draw: Draw, metric: str) -> str:
     return f"{100 * value:.2f}" if metric in PERCENT else f"{value:.3g}"
 
 
-def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in markdown."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def weight_table(results: Results, weights: Iterable[int]) -> str:
     """Every metric against λ', and the λ of NFPI's Table 2."""
     draws = {f"λ' = {weight}": Draw(by_weight(weight)) for weight in sorted(weights)} | {"real images": REAL}
-    ours = grid(["", *draws], ([name, *(cell(results, d, m) for d in draws.values())] for m, name in METRICS.items()))
+    rows = ([name, *(cell(results, d, m) for d in draws.values())] for m, name in METRICS.items())
+    ours = markdown_table(["", *draws], rows)
     published = PAPERS["λ (NFPI, Table 2)"]
     rows = ([METRICS[metric], *(f"{v:g}" for v in values.values())] for metric, values in published.items())
-    theirs = grid(["NFPI, CIFAR-100", *(f"λ = {weight}" for weight in published["nf_acc"])], rows)
+    theirs = markdown_table(["NFPI, CIFAR-100", *(f"λ = {weight}" for weight in published["nf_acc"])], rows)
     return f"## λ' (NFPI, Table 2; GLEM, Table 3)\n\n{ours}\n\n{theirs}"
 
 
@@ -106,7 +102,8 @@ def learned_table(results: Results) -> str:
         [name, *(cell(results, Draw(flow), metric) for metric in METRICS), *map(str, numbers)]
         for (name, flow), numbers in zip(LEARNED.items(), published, strict=True)
     ]
-    return f"## Means, variances or both, λ' = {MIDDLE} (NFPI, Table 3, in the last four columns)\n\n{grid(head, rows)}"
+    title = f"## Means, variances or both, λ' = {MIDDLE} (NFPI, Table 3, in the last four columns)"
+    return f"{title}\n\n{markdown_table(head, rows)}"
 
 
 def temperature_table(results: Results) -> str:
@@ -118,7 +115,7 @@ def temperature_table(results: Results) -> str:
         if published := PAPERS["temperature (GLEM, Table 5)"].get(metric):
             rows.append([f"GLEM, CIFAR-100: {METRICS[metric]}", *(f"{value:g}" for value in published)])
     head = ["τ", *(f"{t:g}" for t in TEMPERATURES), "RFCM"]
-    return f"## Temperature (GLEM, Table 5), λ' = {MIDDLE}\n\n{grid(head, rows)}"
+    return f"## Temperature (GLEM, Table 5), λ' = {MIDDLE}\n\n{markdown_table(head, rows)}"
 
 
 def rfcm_table(results: Results, weights: Iterable[int]) -> str:
@@ -131,4 +128,4 @@ def rfcm_table(results: Results, weights: Iterable[int]) -> str:
     published = PAPERS["RFCM (GLEM, Table 6)"]
     theirs = [" → ".join(f"{v:g}" for v in published[m]) if m in published else "–" for m in DRAWN]
     head = ["flow", *(METRICS[metric] for metric in DRAWN)]
-    return f"## RFCM off → on (GLEM, Table 6)\n\n{grid(head, [*rows, ['GLEM, CIFAR-100, λ = 10', *theirs]])}"
+    return f"## RFCM off → on (GLEM, Table 6)\n\n{markdown_table(head, [*rows, ['GLEM, CIFAR-100, λ = 10', *theirs]])}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from flowaug.checkpoint import write_atomic, write_json
+from flowaug.markdown import markdown_table
 from flowaug.metrics import fid
 from flowaug.mixup import MixPlan
 from flowaug.oracle import Oracle
@@ -151,11 +152,11 @@ the oracle gets right before, the share that it gets right after. "moved": share
 sent back by the guard, or w is 0). "distance": root mean square change of a pixel, pixels in [0, 1]. "FID": of all
 these images against the originals, by the oracle's features; it compares between reports of the same oracle and images.
 
-{_table(("", *columns), _overall(report))}
+{markdown_table(("", *columns), _overall(report))}
 
 By class:
 
-{_table(("class", *columns), lines)}
+{markdown_table(("class", *columns), lines)}
 
 ![accuracy and distance by weight](labels.png)
 """
@@ -166,11 +167,6 @@ def _overall(report: dict) -> list[tuple[str, ...]]:
     accuracy = (_show(report["original"]["accuracy"]), *(_show(row["accuracy"]) for row in rows))
     others = {"kept": "kept", "moved": "moved", "distance": "rms_distance", "FID": "fid"}
     return [("accuracy", *accuracy), *((n, blank, *(_show(row[key]) for row in rows)) for n, key in others.items())]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _show(value: float | None) -> str:

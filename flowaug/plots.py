@@ -94,7 +94,7 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
         path: the PNG.
         xlabel: what x is.
         ylabel: what every y is; None for series of different units.
-        title: a line above.
+        title: above them, wrapped to the picture's width.
 
     Raises:
         ValueError: no series, or xs and ys of different lengths.
