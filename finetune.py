@@ -26,7 +26,7 @@ import train_flow
 from flowaug import FlowMixupTransform, list_pretrained
 from flowaug.checkpoint import CONFIG, read_config
 from flowaug.classifier import accuracy, eval_transform
-from flowaug.describe import describe_order, describe_results
+from flowaug.describe import describe_order, describe_results, describe_weights
 from flowaug.finetuning import (
     count_steps,
     create_classifier,
@@ -42,7 +42,7 @@ from flowaug.finetuning import (
 )
 from flowaug.host import keep_freed_memory
 from flowaug.loaders import endless_batches
-from flowaug.options import check_disagreements, classifier_parser
+from flowaug.options import check_disagreements, classifier_parser, settle_weights
 from flowaug.plan import classifier_plan, copies_memory
 from flowaug.real_labels import RealLabels
 from flowaug.recipes import deciding_options, given_data_options, load_split, parse_with_recipe
@@ -109,7 +109,8 @@ def describe_flow(args: argparse.Namespace, dataset) -> str:
         text, shape = f"{options.output}", (dataset.channels, options.image_size, options.image_size)
         if not (options.output / CONFIG).is_file():
             text += f", trained first: {options.model}, {options.steps} steps at most"
-    return f"{text}, for images {shape}" + copies_memory(args.flow_aug_copies, len(dataset), shape)
+    text += f", for images {shape}, {describe_weights(args)}"
+    return text + copies_memory(args.flow_aug_copies, len(dataset), shape)
 
 
 def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator) -> FlowMixupTransform | None:
@@ -125,7 +126,7 @@ def load_flow_mixup(args: argparse.Namespace, dataset, accelerator: Accelerator)
         alpha=args.flow_aug_alpha,
         partner=args.flow_aug_partner,
         rank=args.flow_aug_rank,
-        per_axis=bool(args.flow_aug_per_axis),
+        per_axis=args.flow_aug_per_axis,
         rescaled=bool(args.flow_aug_rescaled),
         redraws=args.flow_aug_redraws or 0,
         policy=args.flow_aug_policy,
@@ -219,6 +220,7 @@ def finetune(args: argparse.Namespace, accelerator: Accelerator) -> dict | None:
     sets = [load_split(args, split) for split in ("train", "val")]
     num_classes, place = len(sets[0].class_names), (accelerator.process_index, accelerator.num_processes)
     real = RealLabels(args.real_labels, sets[1], *place) if args.real_labels else None
+    settle_weights(args, len(sets[0]), num_classes)
     set_seed(args.seed)
     model, spec = create_classifier(args, num_classes, sets[0].channels)
     loaders = create_loaders(args, sets, spec[0], accelerator)

@@ -18,6 +18,12 @@ def describe_order(args: argparse.Namespace) -> str:
     return text + (", or let it move them first, in --flow-aug-copies N" if could_move_first(args) else "")
 
 
+def describe_weights(args: argparse.Namespace) -> str:
+    """Which share of the images flow mixup is asked to change, and by how many weights each."""
+    weights = "a weight for each class axis" if args.flow_aug_per_axis else "one weight for all class axes"
+    return f"p = {args.flow_aug_p:g}, {weights}"
+
+
 def describe_mixing(counts: dict[str, int], can_move_first: bool) -> str:
     """One sentence on what `FlowMixupTransform.counts` come to, and a way out where the guard refused much."""
     seen, drawn = counts["seen"], sum(counts.values()) - counts["seen"]

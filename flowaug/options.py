@@ -1,4 +1,4 @@
-"""The command lines of the two scripts; what each option left out becomes is in ``recipes.py``."""
+"""The command lines of the two scripts; what options left out become is in the recipes, or depends on the data."""
 
 import argparse
 from pathlib import Path
@@ -15,6 +15,7 @@ from flowaug.shardlists import is_shards
 
 COUPLINGS = ("additive", "affine", "matrix_exp")
 SCHEDULES = ("cosine", "tanh", "poly", "step")
+MANY_IMAGES = 250  # of a class on average; flow mixup was measured with 20, 100 and 500
 
 
 def flow_parser(description: str) -> argparse.ArgumentParser:
@@ -83,6 +84,15 @@ def check_disagreements(args: argparse.Namespace, recipe: dict) -> None:
     for message, broken in rules.items():
         if broken:
             raise ValueError(message)
+
+
+def settle_weights(args: argparse.Namespace, images: int, num_classes: int) -> None:
+    """Fill in ``--flow-aug-per-axis`` by the number of training images, where neither command nor recipe has it.
+
+    Of few images of a class a weight for each axis makes more; of many one weight keeps labels better: docs/gains.md.
+    """
+    if args.flow_aug_per_axis is None:
+        args.flow_aug_per_axis = images < MANY_IMAGES * num_classes
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -169,7 +179,11 @@ def _add_flow_aug_options(parser) -> None:
     flow.add_argument("--flow-aug-partner", default="bank", choices=PARTNERS, help="where partners come from")
     flow.add_argument("--flow-aug-rank", type=int, help="leading class axes to move along; default: all fitted")
     switch = argparse.BooleanOptionalAction
-    flow.add_argument("--flow-aug-per-axis", action=switch, help="a weight for each axis, not one for all of them")
+    flow.add_argument(
+        "--flow-aug-per-axis",
+        action=switch,
+        help=f"a weight for each axis, not one for all of them (below {MANY_IMAGES} images of a class on average)",
+    )
     flow.add_argument("--flow-aug-rescaled", action=switch, help="keep the spread of a class, which mixing shrinks")
     flow.add_argument(
         "--flow-aug-redraws",

@@ -2,6 +2,8 @@ import pytest
 
 import finetune
 import train_flow
+from flowaug.options import settle_weights
+from flowaug.recipes import FOLDER
 
 DISAGREE = [
     (["--flow-aug-policy", "p.json"], "--flow-aug-policy needs --flow-aug"),
@@ -30,6 +32,22 @@ def test_options_that_disagree_end_before_any_work(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         finetune.main([*options, "--cpu", "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "settled"),
+    [
+        ([], 2499, True),
+        ([], 2500, False),
+        (["--flow-aug-per-axis"], 2500, True),
+        (["--no-flow-aug-per-axis"], 100, False),
+        (["--recipe", str(FOLDER / "eva02_imagenet.yaml")], 100, False),
+    ],
+)
+def test_few_images_of_a_class_take_a_weight_for_each_axis(options, images, settled):
+    args = finetune.parse_args(["--flow-aug", *options])
+    settle_weights(args, images, num_classes=10)
+    assert args.flow_aug_per_axis == settled
 
 
 @pytest.mark.parametrize(
