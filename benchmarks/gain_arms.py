@@ -138,13 +138,12 @@ SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take eve
     "noise": {"strength": 0.5},
     "gaussian": {"strength": 1.0},
 }
-BY_SIZE = {  # chosen on held-out images: docs/gains.md
-    "500": {
-        "standard": {"aa": "rand-m5-n1-mstd0.5-inc1"},
-        "flow": {"steps": 2400, "p": 0.25},
-        "axes": {"per_axis": False},
-    }
+MANY = {  # chosen on held-out images with 500 of a class: docs/gains.md
+    "standard": {"aa": "rand-m5-n1-mstd0.5-inc1"},
+    "flow": {"steps": 2400, "p": 0.25},
+    "axes": {"per_axis": False},
 }
+BY_SIZE = {"500": MANY, "all": MANY | {"flow": {"steps": 4800, "p": 0.25}}}
 MORE_SETTINGS = {"flow": ("steps",), "axes": ("p",)}  # that have a value only where they differ from the usual one
 FULL = Setup(
     dataset="fashion_mnist",
