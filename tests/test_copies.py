@@ -162,7 +162,8 @@ def test_finetune_trains_on_copies_that_randaugment_changes_after_the_flow(tmp_p
     finetune.main([*options, "--dry-run", "--output", str(tmp_path / "plan")])
     plan = " ".join(capsys.readouterr().out.split())
     assert "10 steps" in plan
-    assert "for images (1, 8, 8); --flow-aug-copies takes 0.00 GiB on the host" in plan
+    mixing = "for images (1, 8, 8), p = 0.5, a weight for each class axis"
+    assert f"{mixing}; --flow-aug-copies takes 0.00 GiB on the host" in plan
     finetune.main([*options, "--output", str(tmp_path / "out")])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     share = f"{metrics['flow_aug']['augmented'] / 160:.0%}"
