@@ -143,7 +143,7 @@ MANY = {  # chosen on held-out images with 500 of a class: docs/gains.md
     "flow": {"steps": 2400, "p": 0.25},
     "axes": {"per_axis": False},
 }
-BY_SIZE = {"500": MANY, "all": MANY | {"flow": {"steps": 4800, "p": 0.25}}}
+BY_SIZE = {"500": MANY, "all": MANY | {"flow": MANY["flow"] | {"steps": 4800}}}
 MORE_SETTINGS = {"flow": ("steps",), "axes": ("p",)}  # that have a value only where they differ from the usual one
 FULL = Setup(
     dataset="fashion_mnist",
