@@ -7,6 +7,7 @@
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,9 +57,10 @@ def crop(image: Image.Image, split: str, rng: np.random.Generator) -> Image.Imag
     eighth = image.width / 8
     runs = np.array(EIGHTHS[split]) * eighth
     widths = runs[:, 1] - runs[:, 0]
-    first, end = runs[rng.choice(len(runs), p=widths / widths.sum())]
+    begin, end = runs[rng.choice(len(runs), p=widths / widths.sum())]
     side = int(rng.integers(40, min(64, int(eighth)) + 1))
-    left = int(rng.integers(int(np.ceil(first)), max(int(end - side), int(np.ceil(first))) + 1))
+    first = math.ceil(begin)
+    left = int(rng.integers(first, max(int(end - side), first) + 1))
     top = int(rng.integers(0, image.height - side + 1))
     return image.crop((left, top, left + side, top + side)).resize((32, 32), Image.LANCZOS)
 
