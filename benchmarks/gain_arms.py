@@ -1,6 +1,7 @@
 """What ``augmentation_gain.py`` compares: classifiers, sizes, arms, their lengths and settings."""
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -180,15 +181,20 @@ def base_of(arm: str) -> str:
 
 def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
     """Every run, in the order in which they are worth having."""
-    main, further, whole = [], [], []
+    main, further, whole, beyond = [], [], [], []
     for name, sizes in setup.steps.items():
         few, *more = (size for size in sizes if size != "all")
-        others = [arm for arm in ARMS if arm not in MAIN_ARMS and name in setup.with_rivals]
-        main += [Cell(name, size, arm, seed) for size in (few, *more) for seed in seeds for arm in MAIN_ARMS]
-        further += [Cell(name, few, arm, seed) for seed in seeds for arm in others]
+        main += _runs(name, [few, *more], MAIN_ARMS, seeds)
+        if name in setup.with_rivals:
+            further += _runs(name, [few], [arm for arm in ARMS if arm not in MAIN_ARMS], seeds)
+            beyond += _runs(name, more, RIVALS, seeds)
         if "all" in sizes:
-            whole += [Cell(name, "all", arm, seed) for seed in seeds if seed < WHOLE_SEEDS for arm in MAIN_ARMS]
-    return main + further + whole
+            whole += _runs(name, ["all"], MAIN_ARMS, [seed for seed in seeds if seed < WHOLE_SEEDS])
+    return main + further + whole + beyond
+
+
+def _runs(name: str, sizes: Iterable[str], arms: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
+    return [Cell(name, size, arm, seed) for size in sizes for seed in seeds for arm in arms]
 
 
 def settings_of(name: str, size: str, setup: Setup) -> dict[str, float]:
