@@ -31,7 +31,7 @@ Hours on two cores, two processes, from the times per image of 2026-11-26 on an 
 | resnet18, main arms of three sizes | 7.0 |
 | swin, main arms of three sizes, and of all images | 9.5, 2.4 |
 | swin, the further arms | 4.1 |
-| swin, six rivals with 100 and 500 images; the same in 1,500 steps | 10.5, 3.3 |
+| swin, six rivals with 100 and 500 images; the same in 1,500 steps | 10, 3.0 |
 | flows | 0.4 |
 | --tune standard flow axes; of the rivals (one process, --steps 400) | 2.6, 2.0 |
 """
