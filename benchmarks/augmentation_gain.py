@@ -13,9 +13,10 @@ a weight for each class axis (``axes``); standard (flip, crop, RandAugment, Rand
 (``axes+standard``). The Swin on the fewest images also takes flow mixup by one weight (``flow``, ``flow+standard``, and
 the flow last, ``standard+flow``); ``axes-or-standard``, where no image is both moved and RandAugmented, with its
 control ``spared``, where the same images are not RandAugmented and none is moved; timm's Mixup and CutMix, same-label
-mixup of pixels and of whole latents, noise on the latents, draws from the class Gaussians; those six, its rivals, also
-with 100 and 500 images. A flow sees the training images of its run only. All arms share one loop, and weights, order
-and number of steps of their seed; the test images are judged once, at the end.
+mixup of pixels and of whole latents, noise on the latents, draws from the class Gaussians; those six, its rivals, and
+CutMix of what it has moved (``axes+cutmix``), also with 100 and 500 images. A flow sees the training images of its
+run only. All arms share one loop, and weights, order and number of steps of their seed; the test images are judged
+once, at the end.
 
 A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. A report covers the
 --cells and --seeds that it is asked for; all reports of a folder keep their runs there, a line each of RESULTS.jsonl:

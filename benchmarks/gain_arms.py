@@ -113,6 +113,7 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     CONTROL: (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # its control: the same images spared, but none moved
     "mixup": ({}, None),
     "cutmix": ({}, None),
+    "axes+cutmix": ({}, "axes"),  # timm's CutMix of what the flow has moved
     "pixel": ({}, "pixel"),
     "latent": ({}, "latent"),
     "noise": ({}, "noise"),
@@ -120,6 +121,7 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
 }
 MAIN_ARMS = ("nothing", "axes", "standard", "axes+standard")
 FIRST = ("flow+standard", "axes+standard", "axes-or-standard", CONTROL)  # the flow before transforms of images
+BESIDE = {"axes+cutmix": "cutmix"}  # arm to the one whose mixing of the batch it has too
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
 RIVALS = ("mixup", "cutmix", "pixel", "latent", "noise", "gaussian")
 COMPETITORS = {  # arm to what the report holds against it: flow mixup by one weight, and by one for each axis
@@ -176,7 +178,7 @@ SMOKE = Setup(
 
 def base_of(arm: str) -> str:
     """The arm that ``arm`` is compared with: the same without what it adds."""
-    return "standard" if arm in (*FIRST, "standard+flow") else "nothing"
+    return BESIDE.get(arm, "standard" if arm in (*FIRST, "standard+flow") else "nothing")
 
 
 def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
@@ -187,7 +189,7 @@ def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
         main += _runs(name, [few, *more], MAIN_ARMS, seeds)
         if name in setup.with_rivals:
             further += _runs(name, [few], [arm for arm in ARMS if arm not in MAIN_ARMS], seeds)
-            beyond += _runs(name, more, RIVALS, seeds)
+            beyond += _runs(name, more, (*RIVALS, *BESIDE), seeds)
         if "all" in sizes:
             whole += _runs(name, ["all"], MAIN_ARMS, [seed for seed in seeds if seed < WHOLE_SEEDS])
     return main + further + whole + beyond
@@ -204,7 +206,7 @@ def settings_of(name: str, size: str, setup: Setup) -> dict[str, float]:
 
 def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:
     """Options of ``finetune.py`` for the classifier of a cell."""
-    parser, own = classifier_parser(""), settings_of(cell.arm, cell.size, setup)
+    parser, own = classifier_parser(""), settings_of(BESIDE.get(cell.arm, cell.arm), cell.size, setup)
     mixing = {name: own[name] for name in ("mixup", "cutmix") if name in own}
     transforms = ARMS[cell.arm][0]
     standard = settings_of("standard", cell.size, setup) if transforms else {}
