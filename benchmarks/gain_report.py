@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from few_labels import half_width, interval
-from gain_arms import ARMS, COMPETITORS, CONTROL, MAIN_ARMS, Cell, Setup, base_of
+from gain_arms import ARMS, BESIDE, COMPETITORS, CONTROL, MAIN_ARMS, Cell, Setup, base_of
 from gain_run import KEPT, keep, result_path
 
 from flowaug.checkpoint import write_atomic
@@ -142,13 +142,13 @@ def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -
 
 
 def gain_panels(by_group: dict[str, dict[str, tuple[float, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """A panel for each main arm, of all groups; and for each group and base, of all arms, where others were tried."""
+    """A panel of all groups for each main arm and each of BESIDE; panels of all arms for a group with further ones."""
     panels = {
         f"{arm}, beyond {base_of(arm)}": {group: rows[arm] for group, rows in by_group.items() if arm in rows}
-        for arm in MAIN_ARMS[:0:-1]
+        for arm in (*MAIN_ARMS[:0:-1], *BESIDE)
     }
     for group, rows in by_group.items():
-        for base in dict.fromkeys(map(base_of, ARMS)):
+        for base in ("nothing", "standard"):
             own = {arm: gain for arm, gain in rows.items() if base_of(arm) == base}
             panels[f"{group}, beyond {base}"] = own if own.keys() - set(MAIN_ARMS) else {}
     return {title: rows for title, rows in panels.items() if rows}
