@@ -31,8 +31,8 @@ Hours on two cores, two processes, from the times per image of 2026-11-26 on an 
 | lite0, main arms of three sizes | 6.5 |
 | resnet18, main arms of three sizes | 7.0 |
 | swin, main arms of three sizes, and of all images | 9.5, 2.4 |
-| swin, the further arms | 4.1 |
-| swin, six rivals with 100 and 500 images; the same in 1,500 steps | 10, 3.0 |
+| swin, the further arms | 4.4 |
+| swin, six rivals and axes+cutmix with 100 and 500 images; the same in 1,500 steps | 11, 3.0 |
 | flows | 0.4 |
 | --tune standard flow axes; of the rivals (one process, --steps 400) | 2.6, 2.0 |
 """
