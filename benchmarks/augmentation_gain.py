@@ -14,9 +14,9 @@ a weight for each class axis (``axes``); standard (flip, crop, RandAugment, Rand
 the flow last, ``standard+flow``); ``axes-or-standard``, where no image is both moved and RandAugmented, with its
 control ``spared``, where the same images are not RandAugmented and none is moved; timm's Mixup and CutMix, same-label
 mixup of pixels and of whole latents, noise on the latents, draws from the class Gaussians; those six, its rivals, and
-CutMix of what it has moved (``axes+cutmix``), also with 100 and 500 images. A flow sees the training images of its
-run only. All arms share one loop, and weights, order and number of steps of their seed; the test images are judged
-once, at the end.
+Mixup and CutMix of what it has moved (``axes+mixup``, ``axes+cutmix``; ``noise+cutmix``, of what noise on the latents
+has), also with 100 and 500 images. A flow sees the training images of its run only. All arms share one loop, and
+weights, order and number of steps of their seed; the test images are judged once, at the end.
 
 A run that is finished is a JSON file and is not repeated; a killed one goes on from its last state. A report covers the
 --cells and --seeds that it is asked for; all reports of a folder keep their runs there, a line each of RESULTS.jsonl:
@@ -31,8 +31,8 @@ Hours on two cores, two processes, from the times per image of 2026-11-26 on an 
 | lite0, main arms of three sizes | 6.5 |
 | resnet18, main arms of three sizes | 7.0 |
 | swin, main arms of three sizes, and of all images | 9.5, 2.4 |
-| swin, the further arms | 4.4 |
-| swin, six rivals and axes+cutmix with 100 and 500 images; the same in 1,500 steps | 11, 3.0 |
+| swin, the further arms | 5.0 |
+| swin, six rivals and the three of moved batches with 100 and 500 images; the same in 1,500 steps | 14, 4.0 |
 | flows | 0.4 |
 | --tune standard flow axes; of the rivals (one process, --steps 400) | 2.6, 2.0 |
 """

@@ -113,7 +113,9 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
     CONTROL: (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # its control: the same images spared, but none moved
     "mixup": ({}, None),
     "cutmix": ({}, None),
-    "axes+cutmix": ({}, "axes"),  # timm's CutMix of what the flow has moved
+    "axes+mixup": ({}, "axes"),  # timm's Mixup, and CutMix, of what the flow has moved
+    "axes+cutmix": ({}, "axes"),
+    "noise+cutmix": ({}, "noise"),  # and of what noise on the latents has
     "pixel": ({}, "pixel"),
     "latent": ({}, "latent"),
     "noise": ({}, "noise"),
@@ -121,13 +123,15 @@ ARMS = {  # name to timm's options and the augmentation of the batch, if there i
 }
 MAIN_ARMS = ("nothing", "axes", "standard", "axes+standard")
 FIRST = ("flow+standard", "axes+standard", "axes-or-standard", CONTROL)  # the flow before transforms of images
-BESIDE = {"axes+cutmix": "cutmix"}  # arm to the one whose mixing of the batch it has too
+# Arm to the one whose mixing of the batch it has too
+BESIDE = {"axes+mixup": "mixup", "axes+cutmix": "cutmix", "noise+cutmix": "cutmix"}
 WHOLE_SEEDS = 3  # the size "all" has the seeds below
 RIVALS = ("mixup", "cutmix", "pixel", "latent", "noise", "gaussian")
 COMPETITORS = {  # arm to what the report holds against it: flow mixup by one weight, and by one for each axis
     **{arm: ("flow", "axes") for arm in RIVALS},
     "flow": (None, "axes"),
     "flow+standard": (None, "axes+standard"),
+    "noise+cutmix": (None, "axes+cutmix"),
     CONTROL: (None, "axes-or-standard"),
 }
 SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does

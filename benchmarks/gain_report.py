@@ -17,7 +17,7 @@ from flowaug.plots import intervals
 BLANK = "–"
 NOTES = """Accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a
 subset, an initialisation and an order; arms of a seed are paired and take equally many steps. Gains are mean paired
-differences: of arms with flow mixup beside `standard` or `cutmix` against these, of all others against `nothing`.
+differences: of arms that move images beside `standard`, `mixup` or `cutmix` against these, of others against `nothing`.
 Flows saw the training images of their run only, mirrored or not and shifted by a pixel at most, as the data set's
 recipe has it. Last loss: mean cross entropy of the last training batch, augmented as the arm does. Share: images that
 came back changed, of all that went through (`FlowMixupTransform.counts`). Times are those of an image in the runs,
@@ -30,9 +30,11 @@ OF_ARM = {  # what is to be said of an arm where it is in the report
     "  spread of the class kept.",
     "axes+standard": "moves the images first, by the settings of `axes`, in copies that are then cropped,\n"
     "  RandAugmented and erased.",
-    "axes+cutmix": "moves images by the settings of `axes`, then CutMix takes the batch, as in `cutmix`.",
     "axes-or-standard": "is the same, but those that were moved are cropped, flipped and erased only.",
     CONTROL: "is the control of that: the same images are spared RandAugment (share), but none is moved.",
+    "axes+mixup": "moves images by the settings of `axes`, then Mixup takes the batch, as in `mixup`.",
+    "axes+cutmix": "moves images by the settings of `axes`, then CutMix takes the batch, as in `cutmix`.",
+    "noise+cutmix": "is the same with noise on the latents, as in `noise`; `axes+cutmix` is compared with it.",
 }
 
 

@@ -52,8 +52,8 @@ def test_augmentation_gain_runs_every_arm_reports_and_repeats_nothing(benchmark,
     assert {result["images"] for result in results} == {359}
     moved = {result["arm"]: result["counts"] for result in results}
     assert moved["nothing"] is None
-    with_flow = ("flow", "standard+flow", "axes", "axes+cutmix", "pixel", "latent", "noise", "gaussian")
-    assert all(moved[arm]["seen"] == 32 for arm in with_flow)
+    with_flow = ("flow", "standard+flow", "axes", "pixel", "latent", "noise", "gaussian")
+    assert all(moved[arm]["seen"] == 32 for arm in (*with_flow, *benchmark("gain_arms").BESIDE))
     assert moved["flow+standard"]["seen"] == 80  # one copy of each image was made
     loss = {result["arm"]: result["last_loss"] for result in results}
     assert loss["axes"] != loss["flow"]
@@ -117,8 +117,8 @@ def test_the_plan_has_every_cell_once_and_few_images_first(benchmark):
     plan = arms.cells(arms.FULL, [0, 1, 2, 3, 4])
     assert len(plan) == len(set(plan))
     count = {name: sum(cell.classifier == name for cell in plan) for name in arms.FULL.classifiers}
-    main, further, whole = 3 * 4 * 5, 12 * 5, 4 * 3  # arms of three sizes, of one, of all images, times seeds
-    beyond = 2 * 7 * 5  # rivals, and CutMix after flow mixup, of two further sizes
+    main, further, whole = 3 * 4 * 5, 14 * 5, 4 * 3  # arms of three sizes, of one, of all images, times seeds
+    beyond = 2 * 9 * 5  # rivals, and mixing of moved batches, of two further sizes
     assert count == {"swin": main + further + whole + beyond, "resnet18": main, "lite0": main}
     assert {cell.size for cell in plan[: -whole - beyond]} == {"20", "100", "500"}
     parts = [arms.cells(arms.FULL, seeds) for seeds in ([0, 2, 4], [1, 3])]
@@ -139,9 +139,12 @@ def test_arms_of_a_seed_begin_alike_and_see_one_order(benchmark, smoke):
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_cutmix_after_flow_mixup_is_the_cutmix_it_is_compared_with(benchmark, smoke):
+@pytest.mark.parametrize(
+    "names", [("axes+mixup", "mixup", "axes"), ("axes+cutmix", "cutmix", "axes"), ("noise+cutmix", "cutmix", "noise")]
+)
+def test_mixing_of_a_moved_batch_is_the_one_it_is_compared_with(benchmark, smoke, names):
     run, arms = benchmark("gain_run"), benchmark("gain_arms")
-    cell, base, alone = (arms.Cell("tiny", "8", arm, 0) for arm in ("axes+cutmix", "cutmix", "axes"))
+    cell, base, alone = (arms.Cell("tiny", "8", arm, 0) for arm in names)
     assert arms.base_of(cell.arm) == base.arm
     assert arms.options_of(cell, smoke) == arms.options_of(base, smoke) != arms.options_of(alone, smoke)
     assert run.transform_options(cell, smoke) == run.transform_options(alone, smoke)
@@ -231,9 +234,10 @@ def test_every_gain_has_a_place_in_the_picture(benchmark):
     all_arms = {arm: (float(i), 0.0) for i, arm in enumerate(arms.ARMS) if arm != "nothing"}
     panels = report.gain_panels({"swin, 20": all_arms, "lite0, 20": {"axes": (9.0, 0.0)}, "swin, 500": {}})
     assert panels["axes, beyond nothing"] == {"swin, 20": all_arms["axes"], "lite0, 20": (9.0, 0.0)}
-    assert panels["axes+cutmix, beyond cutmix"] == {"swin, 20": all_arms.pop("axes+cutmix")}
+    for arm, base in arms.BESIDE.items():
+        assert panels[f"{arm}, beyond {base}"] == {"swin, 20": all_arms.pop(arm)}
     assert panels["swin, 20, beyond nothing"] | panels["swin, 20, beyond standard"] == all_arms
-    assert len(panels) == 4 + 2
+    assert len(panels) == 4 + len(arms.BESIDE) + 1
 
 
 def test_settings_of_a_size_reach_its_flow_its_mixing_and_the_report(benchmark):
