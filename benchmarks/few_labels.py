@@ -47,7 +47,8 @@ def half_width(values: np.ndarray) -> float:
 
 def interval(values: np.ndarray) -> str:
     """Mean ± half width of the 95 % interval; the mean alone of a single value."""
-    return f"{values.mean():.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
+    mean = round(values.mean(), 2) + 0.0  # no "-0.00"
+    return f"{mean:.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
 
 
 def table(results: np.ndarray, per_class: int) -> str:

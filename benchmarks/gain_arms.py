@@ -203,6 +203,13 @@ def _runs(name: str, sizes: Iterable[str], arms: Iterable[str], seeds: Iterable[
     return [Cell(name, size, arm, seed) for size in sizes for seed in seeds for arm in arms]
 
 
+def parts_of(arm: str) -> set[str]:
+    """The names in ``Setup.settings`` that an arm is made of."""
+    transforms, kind = ARMS[arm]
+    own = {"standard"} if transforms else set()
+    return own | ({"flow", kind} if kind else set()) | {BESIDE.get(arm, arm)}
+
+
 def settings_of(name: str, size: str, setup: Setup) -> dict[str, float]:
     """What ``--tune`` may change of an arm, as it is for a size."""
     return setup.settings.get(name, {}) | setup.by_size.get(size, {}).get(name, {}) | setup.replaced.get(name, {})

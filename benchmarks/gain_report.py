@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from few_labels import half_width, interval
-from gain_arms import ARMS, BESIDE, COMPETITORS, CONTROL, MAIN_ARMS, Cell, Setup, base_of
+from gain_arms import ARMS, BESIDE, COMPETITORS, CONTROL, MAIN_ARMS, Cell, Setup, base_of, parts_of
 from gain_run import KEPT, keep, result_path
 
 from flowaug.checkpoint import write_atomic
@@ -120,7 +120,7 @@ def report(results: dict[Cell, dict], setup: Setup, command: str, path: Path) ->
 `{command}`, {time.strftime("%Y-%m-%d")}, {machine}, torch {torch.__version__}, seeds {seeds}.
 Judged by {judges}. {notes({cell.arm for cell in results})}
 
-Settings: `{json.dumps(setup.settings)}`.{otherwise(groups, setup)}
+{settings({cell[1:3] for cell in results}, setup)}
 
 {f"![gains with 95 % intervals]({picture.name})" if picture else "No pair of arms is finished yet."}
 
@@ -129,11 +129,20 @@ Settings: `{json.dumps(setup.settings)}`.{otherwise(groups, setup)}
     write_atomic(path, text.encode())
 
 
-def otherwise(groups: list[tuple[str, str]], setup: Setup) -> str:
-    """What is set otherwise for the sizes of the report, or for all of it."""
-    other = {size: setup.by_size[size] for _, size in groups if size in setup.by_size}
-    by_size = f"\nOtherwise, by images per class: `{json.dumps(other)}`." if other else ""
-    return by_size + (f"\nFor this report: `{json.dumps(setup.replaced)}`." if setup.replaced else "")
+def settings(trained: set[tuple[str, str]], setup: Setup) -> str:
+    """The settings of each (size, arm): the usual ones, what replaces them for a size, and for the whole report."""
+    used = {size: set() for size in sorted({size for size, _ in trained})}
+    for size, arm in trained:
+        used[size] |= parts_of(arm)
+    usual = _only(setup.settings, set().union(*used.values()))
+    other = {size: _only(setup.by_size[size], names) for size, names in used.items() if size in setup.by_size}
+    by_size = f"\nOtherwise, by images per class: `{json.dumps(other)}`." if any(other.values()) else ""
+    everywhere = f"\nFor this report: `{json.dumps(setup.replaced)}`." if setup.replaced else ""
+    return f"Settings: `{json.dumps(usual)}`.{by_size}{everywhere}"
+
+
+def _only(settings: dict[str, dict], names: set[str]) -> dict[str, dict]:
+    return {name: values for name, values in settings.items() if name in names}
 
 
 def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -> Path | None:

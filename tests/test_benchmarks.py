@@ -213,6 +213,7 @@ def test_gains_are_paired_and_their_intervals_students(benchmark, smoke, tmp_pat
     assert rows["pixel"][3:6] == ["0.50 ± 6.35", "1.00 ± 0.00", "3.00 ± 12.71"]
     assert rows["flow+standard"][3:6] == ["–", "–", "5.00 ± 63.53"]
     assert rows["axes"][4:6] == ["–", "–"]
+    assert report.interval(np.array([-0.004])) == "0.00"
     mean, width = report.gains(results, "tiny", "8")["flow"]
     np.testing.assert_allclose((mean, width), (2, half), rtol=1e-6)
 
@@ -247,8 +248,25 @@ def test_settings_of_a_size_reach_its_flow_its_mixing_and_the_report(benchmark):
     assert [train_flow.parse_args(arms.flow_options(cell, setup)).steps for cell in (few, many)] == [600, 700]
     mixed = [run.transform_options(cell, setup) for cell in (few, many)]
     assert mixed[1] == mixed[0] | {"p": 0.25, "per_axis": False} != mixed[0]
-    assert report.otherwise([few[:2]], setup) == ""
-    assert '{"500": {"flow": {"steps": 700' in report.otherwise([few[:2], many[:2]], setup)
+    assert "Otherwise" not in report.settings({few[1:3]}, setup)
+    assert '{"500": {"flow": {"steps": 700' in report.settings({few[1:3], many[1:3]}, setup)
+
+
+def test_a_report_says_the_settings_of_its_own_arms_alone(benchmark):
+    arms, report = benchmark("gain_arms"), benchmark("gain_report")
+    names = {
+        arm: set(json.loads(report.settings({("20", arm)}, arms.FULL).removeprefix("Settings: `").removesuffix("`.")))
+        for arm in ("nothing", "axes+standard", "noise+cutmix", "pixel")
+    }
+    assert names.pop("nothing") == set()
+    assert names == {
+        "axes+standard": {"standard", "flow", "axes"},
+        "noise+cutmix": {"flow", "noise", "cutmix"},
+        "pixel": {"flow", "pixel"},
+    }
+    by_size = report.settings({("500", "axes"), ("20", "standard")}, arms.FULL).splitlines()[1]
+    assert "standard" not in by_size
+    assert '"axes": {"per_axis": false}' in by_size
 
 
 def test_a_setting_can_be_tried_on_held_out_images(benchmark, tmp_path, capsys):
