@@ -153,11 +153,18 @@ def draw(results: dict[Cell, dict], groups: list[tuple[str, str]], path: Path) -
 
 
 def gain_panels(by_group: dict[str, dict[str, tuple[float, float]]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """A panel of all groups for each main arm and each of BESIDE; panels of all arms for a group with further ones."""
+    """Title to rows: all groups for each main arm and each base in BESIDE, all arms for a group with further ones."""
     panels = {
         f"{arm}, beyond {base_of(arm)}": {group: rows[arm] for group, rows in by_group.items() if arm in rows}
-        for arm in (*MAIN_ARMS[:0:-1], *BESIDE)
+        for arm in MAIN_ARMS[:0:-1]
     }
+    for base in dict.fromkeys(BESIDE.values()):
+        panels[f"beyond {base}"] = {
+            f"{group}, {arm}": gain
+            for group, rows in by_group.items()
+            for arm, gain in rows.items()
+            if BESIDE.get(arm) == base
+        }
     for group, rows in by_group.items():
         for base in ("nothing", "standard"):
             own = {arm: gain for arm, gain in rows.items() if base_of(arm) == base}

@@ -236,9 +236,9 @@ def test_every_gain_has_a_place_in_the_picture(benchmark):
     panels = report.gain_panels({"swin, 20": all_arms, "lite0, 20": {"axes": (9.0, 0.0)}, "swin, 500": {}})
     assert panels["axes, beyond nothing"] == {"swin, 20": all_arms["axes"], "lite0, 20": (9.0, 0.0)}
     for arm, base in arms.BESIDE.items():
-        assert panels[f"{arm}, beyond {base}"] == {"swin, 20": all_arms.pop(arm)}
+        assert panels[f"beyond {base}"][f"swin, 20, {arm}"] == all_arms.pop(arm)
     assert panels["swin, 20, beyond nothing"] | panels["swin, 20, beyond standard"] == all_arms
-    assert len(panels) == 4 + len(arms.BESIDE) + 1
+    assert len(panels) == 4 + 2 + 1
 
 
 def test_settings_of_a_size_reach_its_flow_its_mixing_and_the_report(benchmark):
