@@ -34,7 +34,8 @@ OF_ARM = {  # what is to be said of an arm where it is in the report
     CONTROL: "is the control of that: the same images are spared RandAugment (share), but none is moved.",
     "axes+mixup": "moves images by the settings of `axes`, then Mixup takes the batch, as in `mixup`.",
     "axes+cutmix": "moves images by the settings of `axes`, then CutMix takes the batch, as in `cutmix`.",
-    "noise+cutmix": "is the same with noise on the latents, as in `noise`; `axes+cutmix` is compared with it.",
+    "noise+cutmix": "moves images by noise on the latents, as in `noise`, then CutMix takes the batch;\n"
+    "  `axes+cutmix` is compared with it.",
 }
 
 
