@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -132,17 +133,16 @@ Judged by {judges}. {notes({cell.arm for cell in results})}
 
 def settings(trained: set[tuple[str, str]], setup: Setup) -> str:
     """The settings of each (size, arm): the usual ones, what replaces them for a size, and for the whole report."""
-    used = {size: set() for size in sorted({size for size, _ in trained})}
-    for size, arm in trained:
-        used[size] |= parts_of(arm)
-    usual = _only(setup.settings, set().union(*used.values()))
-    other = {size: _only(setup.by_size[size], names) for size, names in used.items() if size in setup.by_size}
+    usual = _only(setup.settings, (arm for _, arm in trained))
+    sizes = [size for size in setup.by_size if size in dict(trained)]
+    other = {size: _only(setup.by_size[size], (arm for own, arm in trained if own == size)) for size in sizes}
     by_size = f"\nOtherwise, by images per class: `{json.dumps(other)}`." if any(other.values()) else ""
     everywhere = f"\nFor this report: `{json.dumps(setup.replaced)}`." if setup.replaced else ""
     return f"Settings: `{json.dumps(usual)}`.{by_size}{everywhere}"
 
 
-def _only(settings: dict[str, dict], names: set[str]) -> dict[str, dict]:
+def _only(settings: dict[str, dict], arms: Iterable[str]) -> dict[str, dict]:
+    names = set().union(*map(parts_of, arms))
     return {name: values for name, values in settings.items() if name in names}
 
 
@@ -164,7 +164,7 @@ def gain_panels(by_group: dict[str, dict[str, tuple[float, float]]]) -> dict[str
             f"{group}, {arm}": gain
             for group, rows in by_group.items()
             for arm, gain in rows.items()
-            if BESIDE.get(arm) == base
+            if base_of(arm) == base
         }
     for group, rows in by_group.items():
         for base in ("nothing", "standard"):
