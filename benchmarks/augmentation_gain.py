@@ -53,9 +53,9 @@ from gain_report import read_results, report
 from gain_run import KEPT, load_sets, recall, result_path, run
 from gain_tuning import GRID, tune
 
-from flowaug.finetuning import create_classifier
-from flowaug.host import keep_freed_memory
-from flowaug.plan import cost_per_image
+from flowaug.training.classifier import create_classifier
+from flowaug.training.dry_run import cost_per_image
+from flowaug.training.runtime import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 SPEED = 1e11  # floating-point operations a second of --plan

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from flowaug.host import machine_name
+from flowaug.training.runtime import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python benchmarks/few_labels.py"

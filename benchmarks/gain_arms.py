@@ -9,9 +9,9 @@ from typing import NamedTuple
 import timm
 from torch import nn
 
-from flowaug.metrics import small_image_stem
-from flowaug.options import classifier_parser
-from flowaug.recipes import FOLDER, load_recipe
+from flowaug.evaluation.metrics import small_image_stem
+from flowaug.training.options import classifier_parser
+from flowaug.training.recipes import FOLDER, load_recipe
 
 
 class Cell(NamedTuple):

@@ -11,9 +11,8 @@ from few_labels import half_width, interval
 from gain_arms import ARMS, BESIDE, COMPETITORS, CONTROL, MAIN_ARMS, Cell, Setup, base_of, parts_of
 from gain_run import KEPT, keep, result_path
 
-from flowaug.checkpoint import write_atomic
-from flowaug.markdown import markdown_table
-from flowaug.plots import intervals
+from flowaug.evaluation.plots import intervals
+from flowaug.files import markdown_table, write_atomic
 
 BLANK = "–"
 NOTES = """Accuracy in percent, mean ± half width of the 95 % interval (Student's t) over seeds. A seed is a

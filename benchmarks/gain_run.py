@@ -19,24 +19,18 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from flowaug.checkpoint import CONFIG, write_atomic, write_json
-from flowaug.classifier import BatchPipeline, accuracy, eval_transform, train_transform
-from flowaug.cli_options import random_subset
+from flowaug.cli.options import random_subset
 from flowaug.data import ImageDataset, create_loader, load_dataset
-from flowaug.finetuning import (
-    create_classifier,
-    create_copies,
-    create_optimizer,
-    create_pipeline,
-    create_schedule,
-    loaded_size,
-    memory_format,
-)
-from flowaug.host import machine_name
-from flowaug.loaders import endless_batches, seeded
-from flowaug.options import classifier_parser
-from flowaug.recipes import deciding_options
-from flowaug.state import Run
+from flowaug.data.loaders import endless_batches, seeded
+from flowaug.data.transforms import eval_transform, train_transform
+from flowaug.files import write_atomic, write_json
+from flowaug.flows.checkpoint import CONFIG
+from flowaug.training.classifier import accuracy, create_classifier, create_optimizer, create_schedule
+from flowaug.training.options import classifier_parser
+from flowaug.training.pipeline import BatchPipeline, create_copies, create_pipeline, loaded_size, memory_format
+from flowaug.training.recipes import deciding_options
+from flowaug.training.resume import Run
+from flowaug.training.runtime import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import numpy as np
 from gain_arms import Cell, Setup
 from gain_run import keep, recall, run
 
-from flowaug.checkpoint import write_atomic, write_json
-from flowaug.host import machine_name
-from flowaug.recipes import FOLDER, load_recipe
+from flowaug.files import write_atomic, write_json
+from flowaug.training.recipes import FOLDER, load_recipe
+from flowaug.training.runtime import machine_name
 
 STRONG = load_recipe(FOLDER / "swin_cifar10.yaml")["classifier"]  # of the papers, for 100 epochs
 GRID = {  # settings to candidates beside the one in use; one setting after another, the best is kept

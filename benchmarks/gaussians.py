@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from flowaug.estimators import fpi
-from flowaug.estimators.balance import Balance
-from flowaug.estimators.fpi import VARIANCE_BOUNDS, make_balance
-from flowaug.host import machine_name
-from flowaug.markdown import markdown_table
-from flowaug.moments import ClassMoments
+from flowaug.files import markdown_table
+from flowaug.latents.estimators import fpi
+from flowaug.latents.estimators.fpi import VARIANCE_BOUNDS, make_balance
+from flowaug.latents.estimators.problem import Balance
+from flowaug.latents.moments import ClassMoments
+from flowaug.training.runtime import machine_name
 
 BOTH, MEANS = ("mean", "variance"), ("mean",)
 SETTINGS = {"means, unit variances": (MEANS, "unit"), "means and variances": (BOTH, "data")}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from flowaug.host import machine_name
+from flowaug.training.runtime import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 EARLY, START, AFTER = 0.3, 12.0, 1.5  # share of kills during the start; its seconds; seconds after a state

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from flowaug.host import machine_name
-from flowaug.plots import curves
+from flowaug.evaluation.plots import curves
+from flowaug.training.runtime import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python benchmarks/kld_sweep.py"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from flowaug import create_flow
-from flowaug.host import machine_name
+from flowaug.training.runtime import machine_name
 
 FORMS = {"kept": (None, False), "recomputed": (None, True), "recomputed, bfloat16": (torch.bfloat16, True)}
 RETURNS = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed tensors go back to the system at once: what is live is seen

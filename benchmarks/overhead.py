@@ -15,7 +15,7 @@ import timm
 import torch
 
 from flowaug import ClasswisePCA, FlowMixupTransform, create_flow, mix_latents
-from flowaug.host import machine_name
+from flowaug.training.runtime import machine_name
 
 MODELS = ("swin_tiny_patch4_window7_224", "eva02_base_patch14_448")
 CLASSES, RANK, MICRO = 1000, 32, 8

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from flowaug.markdown import markdown_table
+from flowaug.files import markdown_table
 
 
 class Draw(NamedTuple):

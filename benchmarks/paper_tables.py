@@ -36,14 +36,15 @@ from paper_layout import (
 )
 from torch import Tensor
 
-from flowaug.checkpoint import load_flow, write_atomic, write_json
-from flowaug.cli_options import identity
+from flowaug.cli.options import identity
 from flowaug.data import ImageDataset, load_dataset, stack_images
-from flowaug.fitting import ImageTable
-from flowaug.generation import rfcm, sample
-from flowaug.host import keep_freed_memory, machine_name
-from flowaug.metrics import cnn_accuracy, coverage, density, features, fid, label_reliability
-from flowaug.oracle import Oracle, small_oracle
+from flowaug.evaluation.metrics import cnn_accuracy, coverage, density, features, fid, label_reliability
+from flowaug.evaluation.oracle import Oracle, small_oracle
+from flowaug.evaluation.sampling import rfcm, sample
+from flowaug.files import write_atomic, write_json
+from flowaug.flows.checkpoint import load_flow
+from flowaug.flows.passes import ImageTable
+from flowaug.training.runtime import keep_freed_memory, machine_name
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs"

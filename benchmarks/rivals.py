@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from flowaug import FlowMixupTransform, MixPlan
-from flowaug.checkpoint import load_flow, load_pca
 from flowaug.data import ImageDataset, stack_images
-from flowaug.generation import encode
+from flowaug.evaluation.sampling import encode
+from flowaug.flows.checkpoint import load_flow, load_pca
 
 
 class LatentMixup(FlowMixupTransform):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowaug import create_flow
-from flowaug.host import keep_freed_memory, machine_name
+from flowaug.training.runtime import keep_freed_memory, machine_name
 from tests import literal_flow
 
 SHAPES = {"mef_tiny": (1, 28, 28), "mef_small": (3, 32, 32), "mef_base": (3, 32, 32)}

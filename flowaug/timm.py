@@ -18,9 +18,9 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from flowaug.flow import Flow
-from flowaug.pca import ClasswisePCA
-from flowaug.transform import FlowMixupTransform
+from flowaug.flows.flow import Flow
+from flowaug.latents.pca import ClasswisePCA
+from flowaug.mixup.transform import FlowMixupTransform
 
 _logger = logging.getLogger(__name__)
 

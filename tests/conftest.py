@@ -7,7 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors gain
 import pytest
 import torch
 
-from flowaug import ClasswisePCA, GaussianParameters, create_flow, state
+from flowaug import ClasswisePCA, GaussianParameters, create_flow
+from flowaug.training import resume as state
 
 NAMES = ("ant", "bee", "cat")
 

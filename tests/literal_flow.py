@@ -7,7 +7,7 @@ cached or fused. It reads the parameters of a ``Flow`` of the mef family and com
 import torch
 import torch.nn.functional as F
 
-from flowaug.bijections import ActNorm, InvertibleConv1x1, Squeeze
+from flowaug.flows.bijections import ActNorm, InvertibleConv1x1, Squeeze
 
 
 def scaled_conv(conv, x):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import train_flow
+from flowaug.training import train_flow
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -20,7 +20,7 @@ def benchmark(monkeypatch):
     """Import a benchmark; its flows train in this process, where torch is imported already, and draw no pictures."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     for name in ("draw_flow", "MetricsLog.plot"):
-        monkeypatch.setattr(f"flowaug.report.{name}", lambda *_: None)
+        monkeypatch.setattr(f"flowaug.training.flow_folder.{name}", lambda *_: None)
 
     def load(name):
         module = importlib.import_module(name)

@@ -1,0 +1,1 @@
+"""Metrics, pictures and reports about flows and augmented images."""

@@ -1,0 +1,114 @@
+"""Pictures of a flow: samples and images before and after flow mixup."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowaug.evaluation.plots import augmentation_grid, image_grid
+from flowaug.evaluation.sampling import sample
+from flowaug.flows.flow import Flow
+from flowaug.flows.passes import ImageTable, fit_pca
+from flowaug.latents.pca import ClasswisePCA
+from flowaug.mixup.plan import MixPlan
+from flowaug.mixup.transform import FlowMixupTransform
+
+PREVIEW_WEIGHTS, PREVIEW_SEEDS = (0.25, 0.5, 0.75, 1.0), (1, 2)
+
+
+PROGRESS_IMAGES, PROGRESS_RANK = 640, 8
+
+
+def draw_flow(flow: Flow, pca: ClasswisePCA, val: ImageTable, folder: Path) -> None:
+    """Draw ``samples.png`` and ``augmented.png``, the latter of images of the val split."""
+    draw_samples(flow, folder / "samples.png")
+    chosen = one_per_class(val.targets)
+    transform = FlowMixupTransform(flow, pca)
+    draw_augmented(transform, val.images[chosen].float() / 255, val.targets[chosen], folder / "augmented.png")
+
+
+def draw_progress(flow: Flow, train: ImageTable, val: ImageTable, folder: Path) -> None:
+    """Draw both pictures of a flow in training, with class axes of a few images per class."""
+    each = max(PROGRESS_IMAGES // train.num_classes, PROGRESS_RANK)
+    rows = [torch.nonzero(train.targets == label)[:each, 0] for label in range(train.num_classes)]
+    few = replace(train.subset(torch.cat(rows)), rank=0, world_size=1)
+    draw_flow(flow, fit_pca(flow, few, flow.gaussians.mean.device, PROGRESS_RANK), val, folder)
+
+
+def one_per_class(targets: Tensor, limit: int = 10) -> Tensor:
+    """Positions of the first image of each of the first ``limit`` classes present."""
+    return torch.stack([(targets == label).nonzero()[0, 0] for label in targets.unique()[:limit]])
+
+
+def draw_samples(
+    flow: Flow,
+    path: Path,
+    temperature: float = 0.7,
+    columns: int = 8,
+    classes: int = 10,
+    seed: int = 0,
+    gaussians: ClasswisePCA | None = None,
+) -> Path:
+    """Draw class-conditional samples as PNG, a row per class.
+
+    Args:
+        flow: a trained flow of images.
+        path: the PNG.
+        temperature: scales the covariance.
+        columns: samples of each class.
+        classes: classes to show, the first ones.
+        seed: seed of the draws.
+        gaussians: full class covariances to draw from (``flowaug.generation.rfcm``); None for the flow's own.
+    """
+    rows = min(flow.gaussians.num_classes, classes)
+    images = sample(flow, torch.arange(rows).repeat_interleave(columns), temperature, seed, gaussians)
+    title = f"samples at temperature {temperature:g}" + (", full class covariances" if gaussians else "")
+    return image_grid(images.unflatten(0, (rows, columns)), path, class_labels(flow, range(rows)), title=title)
+
+
+def class_labels(flow: Flow, labels: Iterable[int]) -> list[str]:
+    """What pictures call the classes: their names, or numbers where the flow knows none."""
+    return [flow.class_names[k] if flow.class_names else str(k) for k in labels]
+
+
+def draw_augmented(transform: FlowMixupTransform, x: Tensor, y: Tensor, path: Path) -> Path:
+    """Draw original and mixed images for several weights as PNG, one row per image.
+
+    With a weight for each axis, some mixed as the transform draws them follow.
+
+    Args:
+        transform: the augmentation; its flow and axes are used, not its generator.
+        x: images (B, C, H, W), of the range and normalisation that ``transform`` expects.
+        y: labels (B,).
+        path: the PNG.
+    """
+    device = transform.pca.axes.device
+    x, y = x.to(device), y.to(device)
+    plans = {w: fixed_plan(transform, y, w) for w in PREVIEW_WEIGHTS}
+    title = "flow mixup with a training image of the same class; w = share of the partner"
+    if transform.sampler.per_axis:
+        plans |= {f"drawn {seed}": drawn_plan(transform, y, seed) for seed in PREVIEW_SEEDS}
+        title += "; drawn: a weight for each axis, as in training"
+    augmented = {name: transform.pixels(transform.apply(x, y, plan)) for name, plan in plans.items()}
+    labels = class_labels(transform.flow, y.tolist())
+    return augmentation_grid(transform.pixels(x), None, augmented, labels, path, title=title)
+
+
+def fixed_plan(transform: FlowMixupTransform, y: Tensor, weight: float, seed: int = 0) -> MixPlan:
+    """A plan that moves every image by one weight along all axes, partners drawn from the table by ``seed``."""
+    pca = transform.pca
+    u = torch.rand(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
+    partner = pca.offsets[y] + (u * pca.count[y]).long()
+    index = torch.arange(len(y), device=y.device)
+    return MixPlan(index, torch.full((len(y), transform.sampler.policy.max_rank), weight, device=y.device), partner)
+
+
+def drawn_plan(transform: FlowMixupTransform, y: Tensor, seed: int) -> MixPlan:
+    """A plan as the transform draws them, but of every image, and by another generator."""
+    sampler = copy.copy(transform.sampler)
+    sampler.policy = sampler.policy.always()
+    sampler.reseed(seed)
+    return sampler(y)

@@ -1,0 +1,1 @@
+"""The latent space and its classes: moments, Gaussians, principal components, estimators."""

@@ -1,0 +1,1 @@
+"""Same-label mixup: plans, mixing of latents, the transform, offline copies."""

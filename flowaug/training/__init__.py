@@ -1,0 +1,1 @@
+"""The two trainings, and what they share."""

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowaug.data.image_files import check_readable, grey_or_rgb, parallel_map
+from flowaug.data.image_folder import scan_folder
+
+
+def test_scan_finds_nested_files_of_every_case_in_order(tmp_path):
+    for name in ("b/2.png", "b/sub/1.JPEG", "a/x.webp", "a/x.csv", ".cache/y.png"):
+        path = tmp_path / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    classes = scan_folder(tmp_path)
+    train = tmp_path / "train"
+    assert classes == {"train": {"a": [train / "a/x.webp"], "b": [train / "b/2.png", train / "b/sub/1.JPEG"]}}
+    assert list(classes["train"]) == ["a", "b"]
+
+
+def test_header_check_passes_what_full_decoding_refuses(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+    assert check_readable([path]) == ["L"]
+    path.write_bytes(path.read_bytes()[:2000])
+    assert check_readable([path], decode=False) == ["L"]
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image \(OSError: .*truncated"):
+        check_readable([path])
+
+
+@pytest.mark.parametrize(("modes", "channels"), [(["L", "1", "I;16", "LA"], 1), (["L", "P"], 3), (["RGBA"], 3)])
+def test_grey_or_rgb(modes, channels):
+    assert grey_or_rgb(modes) == channels
+
+
+def test_parallel_keeps_order_and_is_silent_when_quick(capsys):
+    assert list(parallel_map(lambda i: i * i, range(1000), "squaring")) == [i * i for i in range(1000)]
+    assert capsys.readouterr().err == ""
+
+
+def test_parallel_passes_errors_on():
+    with pytest.raises(ZeroDivisionError):
+        list(parallel_map(lambda i: 1 // i, [1, 0], "dividing"))

@@ -1,0 +1,131 @@
+import argparse
+import itertools
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
+
+from flowaug.training import finetune
+from flowaug.training.classifier import create_classifier, create_optimizer, create_schedule
+from flowaug.training.weights import read_checkpoint
+
+
+def options(*argv) -> argparse.Namespace:
+    return finetune.parse_args([*argv, "--cpu", *([] if "--checkpoint" in argv else ["--no-pretrained"])])
+
+
+def rates(args, steps, per_epoch=1):
+    optimizer = create_optimizer(args, torch.nn.Linear(2, 2))
+    scheduler, seen = create_schedule(args, optimizer, steps), []
+    for step in range(steps):
+        scheduler.step(step // per_epoch * per_epoch if args.sched_on_epochs else step)
+        seen.append(optimizer.param_groups[0]["lr"])
+    return seen
+
+
+def test_cosine_over_epochs_is_that_of_the_eva02_recipe():
+    args = options("--opt", "sgd", "--lr", "1e-5", "--warmup-share", "0", "--sched-on-epochs")
+    assert rates(args, 30, per_epoch=10)[::10] == pytest.approx([1e-5, 0.75e-5, 0.25e-5])
+
+
+def test_warm_restarts_return_to_a_lower_peak():
+    args = options("--lr", "1", "--warmup-share", "0", "--lr-cycles", "3", "--lr-cycle-decay", "0.5")
+    seen = rates(args, 30)
+    assert [seen[i] for i in (0, 10, 20)] == pytest.approx([1, 0.5, 0.25])
+    assert seen[9] < 0.1
+    assert all(a > b for a, b in itertools.pairwise(seen[:10]))
+
+
+def test_step_schedule_lowers_the_rate_after_each_share():
+    args = options("--lr", "1", "--warmup-share", "0", "--sched", "step", "--decay-share", "0.4", "--decay-rate", "0.1")
+    assert [rates(args, 10)[i] for i in (3, 4, 8)] == pytest.approx([1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("name", _RAND_INCREASING_TRANSFORMS)
+def test_pillow_takes_the_strongest_of_every_operation_of_timms_randaugment(name):
+    image = AugmentOp(name, prob=1.0, magnitude=10)(Image.new("RGB", (8, 8), "grey"))
+    assert image.size == (8, 8)
+
+
+def test_layer_decay_lowers_the_rate_towards_the_input():
+    args = options("--model", "test_vit", "--layer-decay", "0.5")
+    scales = [g["lr_scale"] for g in create_optimizer(args, timm.create_model("test_vit")).param_groups]
+    assert max(scales) == 1
+    assert min(scales) < 0.1
+
+
+@pytest.mark.parametrize(("model", "size", "side"), [("test_vit", 64, 64), ("test_resnet", 48, 48)])
+def test_image_size_reaches_the_models_that_have_one(model, size, side):
+    _, ((channels, height, width), mean, _) = create_classifier(
+        options("--model", model, "--img-size", str(size)), 3, 1
+    )
+    assert (channels, height, width, len(mean)) == (1, side, side, 1)
+
+
+def test_drop_rates_and_further_arguments_reach_the_constructor():
+    args = options("--model", "test_vit", "--drop-path", "0.5", "--model-kwargs", "depth=2", "reg_tokens=0")
+    model, _ = create_classifier(args, 3, 3)
+    assert len(model.blocks) == 2
+    assert model.reg_token is None
+    assert model.blocks[-1].drop_path1.drop_prob == 0.5
+
+
+def trained(num_classes=1000, in_chans=3):
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=num_classes, in_chans=in_chans).state_dict()
+
+
+def test_checkpoint_of_other_classes_keeps_the_body_and_adapts_the_stem(tmp_path):
+    save_file(trained(), tmp_path / "w.safetensors")
+    model, _ = create_classifier(options("--checkpoint", str(tmp_path / "w.safetensors")), 3, 1)
+    body = {k: v for k, v in model.state_dict().items() if k != "conv1.0.weight" and not k.startswith("fc.")}
+    assert all(torch.equal(v, trained()[k]) for k, v in body.items())
+    stem = next(k for k, v in trained().items() if v.ndim == 4)
+    assert torch.allclose(model.state_dict()[stem], trained()[stem].sum(1, keepdim=True))
+    assert model.num_classes == 3
+
+
+def test_checkpoint_of_the_same_classes_comes_whole(tmp_path):
+    torch.save({"state_dict": trained(3, 1)}, tmp_path / "w.pth")
+    model, _ = create_classifier(options("--checkpoint", str(tmp_path / "w.pth")), 3, 1)
+    assert all(torch.equal(v, trained(3, 1)[k]) for k, v in model.state_dict().items())
+
+
+def test_names_of_another_code_base_are_matched_by_order(tmp_path):
+    renamed = {f"layer_{i}": v for i, v in enumerate(trained().values())}
+    torch.save(renamed, tmp_path / "w.pth")
+    found = read_checkpoint(tmp_path / "w.pth", "test_resnet")
+    assert all(torch.equal(v, trained()[k]) for k, v in found.items())
+    del renamed["layer_3"]
+    torch.save(renamed, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="belongs to another architecture"):
+        read_checkpoint(tmp_path / "w.pth", "test_resnet")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+def test_nothing_is_unpickled(tmp_path, capsys):
+    torch.save({"x": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="no weights that can be read safely"):
+        read_checkpoint(tmp_path / "w.pth", "test_resnet")
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        create_classifier(options("--checkpoint", str(tmp_path / "none.pth")), 3, 1)
+
+
+def test_weights_that_cannot_be_fetched_end_with_the_way_out(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nmore")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"test_vit cannot be fetched \(We couldn't connect .*--no-pretrained"):
+        create_classifier(options("--model", "test_vit"), 3, 1)
