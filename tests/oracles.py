@@ -1,46 +1,46 @@
-"""Slow literal twins: the formulas as written, one class and one sample at a time, in float64."""
+"""Slow reference implementations: the formulas as published, one class or one sample at a time, in float64."""
 
 import torch
 
 
 def class_statistics(z, y, num_classes):
-    """Mean and population variance of each class, from the samples themselves."""
+    """Compute mean and population variance of each class from the samples, ``(K, D)`` each."""
     rows = [z[y == k].double() for k in range(num_classes)]
     return torch.stack([r.mean(0) for r in rows]), torch.stack([r.var(0, unbiased=False) for r in rows])
 
 
 def gaussian_log_density(z, mean, variance):
-    """log N(z; mean, diag(variance)) of one point (D,)."""
+    """Compute ``log N(z; mean, diag(variance))`` of one point ``(D,)``."""
     covariance = torch.diag(variance.double())
     normal = torch.distributions.MultivariateNormal(mean.double(), covariance)
     return normal.log_prob(z.double())
 
 
 def class_log_densities(z, mean, variance):
-    """(B, K) log-densities, one pair at a time."""
+    """Compute the log-density of each sample under each Gaussian, one pair at a time, ``(B, K)``."""
     rows = [[gaussian_log_density(point, m, v) for m, v in zip(mean, variance, strict=True)] for point in z]
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def principal_axes(z, rank):
-    """Axes (rank, D) and variances of one class, from the singular values of the centred samples."""
-    centred = z.double() - z.double().mean(0)
-    _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
+    """Compute principal axes ``(rank, D)`` and variances ``(rank,)`` of one class by SVD of the centered samples."""
+    centered = z.double() - z.double().mean(0)
+    _, singular, axes = torch.linalg.svd(centered, full_matrices=False)
     return axes[:rank], (singular.square() / len(z))[:rank]
 
 
 def project_one_by_one(axes, mean, z, y):
-    """U_y (z - mu_y), one sample at a time."""
+    """Compute ``U_y (z - mu_y)``, one sample at a time."""
     return torch.stack([axes[k].double() @ (p - mean[k]).double() for p, k in zip(z, y.tolist(), strict=True)])
 
 
 def combine_one_by_one(axes, a, y):
-    """U_yᵀ a, one sample at a time."""
+    """Compute ``U_yᵀ a``, one sample at a time."""
     return torch.stack([axes[k].double().T @ c.double() for c, k in zip(a, y.tolist(), strict=True)])
 
 
 def jacobian_ladj(bijection, x: torch.Tensor) -> torch.Tensor:
-    """log|det ∂z/∂x| of each example by autograd's full Jacobian, (B,)."""
+    """Compute ``log|det ∂z/∂x|`` of each example from the full Jacobian by autograd, ``(B,)``."""
     ladjs = []
     for one in x:
         jacobian = torch.autograd.functional.jacobian(lambda v: bijection(v[None])[0].flatten(), one)
@@ -49,7 +49,7 @@ def jacobian_ladj(bijection, x: torch.Tensor) -> torch.Tensor:
 
 
 def mix_one(z, y, pca, plan, i):
-    """SPEC §4 for sample i of a plan, with the axes of its class as a plain matrix."""
+    """Mix sample ``i`` of a plan with its partner: ``z + Uᵀ (mixed - own)`` with coordinates ``own = U (z - mu)``."""
     axes, mean = (t[y[i]].double() for t in (pca.axes, pca.mean))
     rank, w = plan.weight.shape[1], plan.weight[i].double()
     axes = axes[:rank]
@@ -67,14 +67,14 @@ def mix_one(z, y, pca, plan, i):
 
 
 def kld_one_by_one(mean, variance):
-    """(K, K) divergences of ordered pairs by torch.distributions, one pair at a time; differentiable."""
+    """Compute the KL divergence of each ordered pair with torch.distributions, ``(K, K)``; differentiable."""
     normals = [torch.distributions.Normal(m, v.sqrt()) for m, v in zip(mean, variance, strict=True)]
     rows = [[torch.distributions.kl_divergence(p, q).sum() for q in normals] for p in normals]
     return torch.stack([torch.stack(row) for row in rows])
 
 
 def fpi_objective(mean, variance, data_mean, data_variance, kld_weight, alpha, pi):
-    """Eq. (3) and (4) term by term, with π a constant."""
+    """Compute the objective of Eq. (3) and (4) of Enescu & Sahbi (BMVC 2024) term by term, with π constant."""
     kld = kld_one_by_one(mean, variance)
     pairs = [(y, other) for y in range(len(mean)) for other in range(len(mean)) if y != other]
     average = sum(float(kld[pair].detach()) for pair in pairs) / len(pairs)
@@ -89,7 +89,7 @@ def fpi_objective(mean, variance, data_mean, data_variance, kld_weight, alpha, p
 
 
 def fpi_terms(mean, variance, data_mean, data_variance, kld_weight, alpha, pi):
-    """The mean of Eq. (5) and A, B of Eq. (7) with their positive splits, class by class and pair by pair."""
+    """Compute the means of Eq. (5), A and B of Eq. (7), and the variants A+ and B+ with positive terms only."""
     kld = kld_one_by_one(mean, variance)
     n = len(mean)
     average = float(kld.sum() - kld.diagonal().sum()) / (n * (n - 1))
@@ -104,26 +104,30 @@ def fpi_terms(mean, variance, data_mean, data_variance, kld_weight, alpha, pi):
         a, b = 1 / v, data_variance[y] + (data_mean[y] - mean[y]) ** 2
         a_plus, b_plus = a.clone(), b.clone()
         for other in range(n):
-            given, taken, delta, w = weight[y, other], weight[other, y], mean[y] - mean[other], variance[other]
-            push = push + (given / w + taken / v) * delta
-            a = a + (given - taken) / v + taken * (delta**2 + w) / v**2
-            a_plus = a_plus + given / v + taken * (delta**2 + w) / v**2
-            b = b + v * given / w * v
-            b_plus = b_plus + v * given / w * v + taken * v
+            forward, backward = weight[y, other], weight[other, y]
+            delta, w = mean[y] - mean[other], variance[other]
+            push = push + (forward / w + backward / v) * delta
+            a = a + (forward - backward) / v + backward * (delta**2 + w) / v**2
+            a_plus = a_plus + forward / v + backward * (delta**2 + w) / v**2
+            b = b + v * forward / w * v
+            b_plus = b_plus + v * forward / w * v + backward * v
         for name, term in zip(terms, (data_mean[y] + v * push, a, b, a_plus, b_plus), strict=True):
             terms[name].append(term)
     return {name: torch.stack(rows) for name, rows in terms.items()}
 
 
 def fpi_sweep(mean, variance, data_mean, data_variance, kld_weight, alpha, pi, damp):
-    """One damped sweep of Eq. (5) and (6) in the means and the log-variances."""
+    """Return means and variances after one damped sweep of Eq. (5) and (6) in means and log-variances."""
     terms = fpi_terms(mean, variance, data_mean, data_variance, kld_weight, alpha, pi)
     target = (terms["B+"] / terms["A+"]).sqrt()
     return (1 - damp) * mean + damp * terms["mean"], variance ** (1 - damp) * target**damp
 
 
 def frechet_distance(real, fake):
-    """|m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½) with S over n - 1 and the root as a matrix, tr((√S1 S2 √S1)^½)."""
+    """Compute ``|m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½)`` with unbiased covariances.
+
+    The trace of ``(S1 S2)^½`` is that of ``(√S1 S2 √S1)^½``, the square root of a symmetric matrix.
+    """
     means, covariances = [], []
     for x in (real.double(), fake.double()):
         means.append(sum(x) / len(x))
@@ -135,7 +139,7 @@ def frechet_distance(real, fake):
 
 
 def density_and_coverage(real, fake, k):
-    """Naeem et al. 2020 one pair at a time: neighbourhoods of the real samples, strictly inside."""
+    """Compute density and coverage (Naeem et al., 2020) one pair at a time, with strict inequality."""
     inside = 0
     covered = 0
     for i, point in enumerate(real.double()):
@@ -147,7 +151,10 @@ def density_and_coverage(real, fake, k):
 
 
 def interpolate_one(a, b, centre_a, centre_b, w, path):
-    """One point between two latents (D,), about a centre that moves on the straight line: SPEC §4, Shoemake 1985."""
+    """Interpolate between two latents ``(D,)``, relative to a center on the line between both centers.
+
+    The path is ``"linear"``, ``"rescaled"`` (preserves the variance) or spherical (Shoemake, 1985).
+    """
     p, q = a.double() - centre_a.double(), b.double() - centre_b.double()
     centre = (1 - w) * centre_a.double() + w * centre_b.double()
     if path == "linear":

@@ -1,1 +1,1 @@
-"""The latent space and its classes: moments, Gaussians, principal components, estimators."""
+"""Class statistics of the latent space: moments, Gaussians, principal components and their estimators."""

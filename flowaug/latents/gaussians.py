@@ -1,4 +1,4 @@
-"""The class Gaussians: log-density, posterior and sampling. The one owner of class means and variances."""
+"""Class-conditional Gaussians of the latent space: density, posterior and sampling."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ClassGaussians", "GaussianParameters"]
-
 
 class GaussianParameters(NamedTuple):
-    """Means `(K, D)` and diagonal variances `(K, D)` of the class Gaussians."""
+    """Parameters of the class Gaussians.
+
+    Attributes:
+        mean: class means, ``(K, D)``.
+        variance: diagonal class variances (not standard deviations), ``(K, D)``.
+    """
 
     mean: Tensor
     variance: Tensor
 
 
 class ClassGaussians(nn.Module):
-    r"""One diagonal Gaussian :math:`N(\mu_y, \Sigma_y)` per class in the latent space, with equal priors.
+    r"""One diagonal Gaussian :math:`N(\mu_y, \Sigma_y)` per class in the latent space.
 
-    The parameters are buffers, not learned by the flow's optimizer; `assign_` is their only writer. The prior
-    is uniform, :math:`p(y) = 1/K`, so that :math:`\log p(z) = \mathrm{logsumexp}_k` of `log_joint`.
+    Means and variances are buffers: the optimizer of the flow does not train them, and only ``assign_`` changes
+    them. The class prior is uniform, :math:`p(y) = 1/K`, so that :math:`\log p(z)` is the log-sum-exp of
+    ``log_joint`` over the classes.
 
     Args:
-        mean: class means, `(K, D)`; kept as float32.
-        variance: class variances (not standard deviations), `(K, D)`, positive; kept as float32.
+        mean: class means, ``(K, D)``; stored as float32.
+        variance: class variances (not standard deviations), ``(K, D)``, positive; stored as float32.
 
     Raises:
-        ValueError: wrong shapes, non-finite entries, a variance that is not positive.
+        ValueError: if the shapes differ, an entry is not finite or a variance is not positive.
 
     Example:
         >>> gaussians = ClassGaussians(torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
@@ -49,42 +53,46 @@ class ClassGaussians(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes K."""
+        """Number of classes K."""
         return self.mean.shape[0]
 
     @property
     def dim(self) -> int:
-        """The dimension D of the latents."""
+        """Dimension D of the latents."""
         return self.mean.shape[1]
 
     @torch.no_grad()
     def assign_(self, value: GaussianParameters) -> ClassGaussians:
-        """Replaces means and variances in place, after checking both.
+        """Replace means and variances in place and return ``self``.
 
         Args:
-            value: mean `(K, D)` and variance `(K, D)` of this module's own K and D.
+            value: new means and variances, each ``(K, D)`` with the same K and D as before.
 
         Raises:
-            ValueError: other shapes, non-finite entries, a variance that is not positive in float32.
+            ValueError: if a shape differs, an entry is not finite or a variance is not positive in float32.
+                The parameters are then unchanged.
         """
         mean, variance = value
         if mean.shape != self.mean.shape:
-            ours, theirs = tuple(self.mean.shape), tuple(mean.shape)
-            raise ValueError(f"these class Gaussians are (K, D) = {ours}; cannot assign means {theirs}")
+            expected, found = tuple(self.mean.shape), tuple(mean.shape)
+            raise ValueError(
+                f"expected means of shape (K, D) = {expected}, got {found}; for another number of classes or "
+                "dimensions, create a new ClassGaussians"
+            )
         _check_parameters(mean, variance)
         self.mean.copy_(mean)
         self.variance.copy_(variance)
         return self
 
     def log_prob(self, z: Tensor, y: Tensor) -> Tensor:
-        r""":math:`\log N(z; \mu_y, \Sigma_y)` in nats.
+        r"""Compute the log-density :math:`\log N(z; \mu_y, \Sigma_y)` in nats.
 
         Args:
-            z: latents, `(B, D)`.
-            y: integer labels, `(B,)`.
+            z: latents, ``(B, D)``.
+            y: integer labels, ``(B,)``.
 
         Returns:
-            `(B,)`.
+            ``(B,)``.
         """
         self._check_batch(z, y)
         mean, variance = self.mean.index_select(0, y), self.variance.index_select(0, y)
@@ -92,78 +100,112 @@ class ClassGaussians(nn.Module):
         return -0.5 * ((squared + variance.log()).sum(1) + self.dim * math.log(2 * math.pi))
 
     def log_joint(self, z: Tensor) -> Tensor:
-        r""":math:`\log N(z; \mu_k, \Sigma_k) + \log(1/K)` for every class, by two matrix products.
+        r"""Compute :math:`\log N(z; \mu_k, \Sigma_k) + \log(1/K)` in nats for every class.
 
-        With :math:`c` the grand mean, :math:`P_k = \Sigma_k^{-1}` and :math:`\bar P` their mean over classes,
+        The quadratic form is expanded so that two matrix products suffice. With the mean of all class means
+        :math:`c`, the precisions :math:`P_k = \Sigma_k^{-1}` and their mean :math:`\bar P` over the classes,
 
         .. math:: (z-\mu_k)^\top P_k (z-\mu_k) = \|z-c\|^2_{\bar P} + (z-c)^2 \cdot (P_k - \bar P)
                   - 2 (z-c) \cdot P_k(\mu_k-c) + \|\mu_k-c\|^2_{P_k}
 
-        Centring keeps the terms as small as the classes' spread, and what all classes share never enters a
-        product, so that differences between classes keep float32 precision.
+        Centering keeps the terms small, and the term shared by all classes is added after the matrix products.
+        Differences between classes therefore keep float32 precision. Autocast is disabled.
 
         Args:
-            z: latents, `(B, D)`.
+            z: latents, ``(B, D)``.
 
         Returns:
-            `(B, K)`.
+            ``(B, K)``.
         """
         self._check_batch(z)
-        centre, precision = self.mean.mean(0), self.variance.reciprocal()
-        common, mean = precision.mean(0), self.mean - centre
+        center = self.mean.mean(0)
+        mean = self.mean - center
+        precision = self.variance.reciprocal()
+        mean_precision = precision.mean(0)
+
         with torch.autocast(z.device.type, enabled=False):
-            offset = z.to(self.mean.dtype) - centre
+            offset = z.to(self.mean.dtype) - center
             squared = offset.square()
-            distance = torch.addmm(
-                (mean.square() * precision + self.variance.log()).sum(1), squared, (precision - common).T
-            )
+            bias = (mean.square() * precision + self.variance.log()).sum(1)
+            distance = torch.addmm(bias, squared, (precision - mean_precision).T)
             distance = torch.addmm(distance, offset, (mean * precision).T, alpha=-2.0)
-        shared = (squared * common).sum(1, keepdim=True) + self.dim * math.log(2 * math.pi)
+
+        shared = (squared * mean_precision).sum(1, keepdim=True) + self.dim * math.log(2 * math.pi)
         return -0.5 * (distance + shared) - math.log(self.num_classes)
 
     def posterior(self, z: Tensor) -> Tensor:
-        """Class probabilities `p(k | z)` under the uniform prior: `(B, D)` to `(B, K)`."""
+        """Compute the class probabilities ``p(k | z)`` under the uniform prior.
+
+        Args:
+            z: latents, ``(B, D)``.
+
+        Returns:
+            ``(B, K)``; each row sums to 1.
+        """
         return self.log_joint(z).softmax(1)
 
     def log_posterior(self, z: Tensor, y: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-        r"""Log-probability of labels, :math:`\log p(y | z) \propto \log N(z; \mu_y, \Sigma_y) / T`, in nats.
+        r"""Compute the log-probability of labels, :math:`\log p(y | z)`, in nats.
+
+        The log-densities are divided by the temperature ``T`` and normalized over the classes:
+        :math:`p(y | z) \propto N(z; \mu_y, \Sigma_y)^{1/T}`.
 
         Args:
-            z: latents, `(B, D)`.
-            y: integer labels, `(B,)`; or a probability of each class, `(B, K)`, by which the mean over them is taken.
-            temperature: T, divides the log-densities before they are normalised over the classes.
+            z: latents, ``(B, D)``.
+            y: integer labels, ``(B,)``; or class probabilities (soft labels), ``(B, K)``, in which case the
+                log-probabilities are averaged with these weights.
+            temperature: ``T``.
 
         Returns:
-            `(B,)`.
+            ``(B,)``.
         """
         self._check_batch(z, y if y.ndim == 1 else None)
         return -F.cross_entropy(self.log_joint(z) / temperature, y, reduction="none")
 
     def margin(self, z: Tensor, y: Tensor) -> Tensor:
-        """How much likelier latents `(B, D)` are of their class `(B,)` than of any other: `(B,)` in nats."""
+        """Compute the log-density of the labeled class minus that of the most likely other class, in nats.
+
+        The margin is positive if the latent is classified as its label.
+
+        Args:
+            z: latents, ``(B, D)``.
+            y: integer labels, ``(B,)``.
+
+        Returns:
+            ``(B,)``.
+        """
         self._check_batch(z, y)
         joint = self.log_joint(z)
-        return joint.gather(1, y[:, None])[:, 0] - joint.scatter(1, y[:, None], -torch.inf).amax(1)
+        own = joint.gather(1, y[:, None])[:, 0]
+        return own - joint.scatter(1, y[:, None], -torch.inf).amax(1)
 
     def separation(self) -> Tensor:
-        r"""How far apart the class means are: :math:`\frac{1}{K-1} \sum_k \|\mu_k - \bar\mu\|^2_{P_k}` in nats, scalar.
+        r"""Compute the separation of the class means, in nats.
 
-        With unit variances this is the mean divergence between two classes, the gap that an image at its class mean
-        has to another class.
+        .. math:: \frac{1}{K-1} \sum_k \|\mu_k - \bar\mu\|^2_{P_k}
+
+        With unit variances this is the mean KL divergence between two classes: the average difference between the
+        log-densities of a class mean under its own Gaussian and under that of another class.
+
+        Returns:
+            A scalar.
         """
         offset = self.mean - self.mean.mean(0)
         return (offset.square() / self.variance).sum() / max(self.num_classes - 1, 1)
 
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        r"""Draws :math:`z \sim N(\mu_y, \tau \Sigma_y)`.
+        r"""Draw samples from :math:`N(\mu_y, \tau \Sigma_y)`.
 
         Args:
-            y: integer labels, `(B,)`.
-            temperature: :math:`\tau \ge 0`, scales the covariance; 0 gives the means.
-            generator: source of the randomness, on any device; the global one if None.
+            y: integer labels, ``(B,)``.
+            temperature: factor :math:`\tau \ge 0` of the covariance; 0 returns the class means.
+            generator: random number generator, on any device. Defaults to the global one.
 
         Returns:
-            Latents `(B, D)`.
+            Latents, ``(B, D)``.
+
+        Raises:
+            ValueError: if ``temperature`` is negative or NaN.
         """
         if not temperature >= 0:
             raise ValueError(f"temperature scales the covariance and must be >= 0, got {temperature}")
@@ -173,26 +215,31 @@ class ClassGaussians(nn.Module):
         return mean + (temperature * variance).sqrt() * noise.to(mean.device)
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(flow)`."""
+        """Return the sizes shown by ``print(flow)``."""
         return f"num_classes={self.num_classes}, dim={self.dim}"
 
     def _check_batch(self, z: Tensor, y: Tensor | None = None) -> None:
         if z.ndim != 2 or z.shape[1] != self.dim:
             raise ValueError(f"latents must be (B, {self.dim}), got {tuple(z.shape)}")
         if y is not None and y.shape != z.shape[:1]:
-            raise ValueError(f"{len(z)} latents need {len(z)} labels of shape (B,), got {tuple(y.shape)}")
+            raise ValueError(f"expected {len(z)} labels of shape ({len(z)},), got {tuple(y.shape)}")
 
 
 def _check_parameters(mean: Tensor, variance: Tensor) -> None:
     if mean.ndim != 2 or mean.shape != variance.shape:
         shapes = f"{tuple(mean.shape)} and {tuple(variance.shape)}"
         raise ValueError(f"mean and variance must both be (K, D), got {shapes}")
-    single = variance.to(torch.float32)  # what is kept: 1e-50 would become 0
+
+    # check the stored dtype: a float64 variance of 1e-50 becomes 0 in float32
+    stored = variance.to(torch.float32)
     faults = {
-        "a mean that is not finite": ~torch.isfinite(mean.to(torch.float32)),
-        "a variance that is not finite and positive": ~(torch.isfinite(single) & (single > 0)),
+        "a non-finite mean": ~torch.isfinite(mean.to(torch.float32)),
+        "a non-finite or non-positive variance": ~(torch.isfinite(stored) & (stored > 0)),
     }
     for fault, where in faults.items():
         classes = torch.nonzero(where.any(1)).flatten().tolist()
         if classes:
-            raise ValueError(f"class {classes[0]} has {fault} ({len(classes)} of {len(mean)} classes do)")
+            raise ValueError(
+                f"class {classes[0]} has {fault} ({len(classes)} of {len(mean)} classes affected); all entries must "
+                "be finite and all variances > 0 in float32"
+            )

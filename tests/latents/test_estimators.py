@@ -14,7 +14,7 @@ from flowaug.latents.estimators import (
     unit_gaussian,
 )
 from flowaug.latents.estimators.divergence import kernel, pairwise_kld
-from flowaug.latents.estimators.fpi import make_balance
+from flowaug.latents.estimators.fpi import make_problem
 from flowaug.latents.gaussians import ClassGaussians, GaussianParameters
 from flowaug.latents.moments import ClassMoments
 from tests import oracles
@@ -23,7 +23,7 @@ LEARN = [("mean",), ("variance",), ("mean", "variance")]
 
 
 def _moments(k, d, seed=0, spread=0.5, n=50):
-    """Random class statistics: means of the given spread, variances in [0.3, 1.2]."""
+    """Return random class moments: means with the given standard deviation, variances in [0.3, 1.2]."""
     generator = torch.Generator().manual_seed(seed)
     mean = spread * torch.randn(k, d, generator=generator, dtype=torch.float64)
     variance = 0.3 + 0.9 * torch.rand(k, d, generator=generator, dtype=torch.float64)
@@ -35,7 +35,7 @@ def _statistics(moments):
 
 
 def _gradients(loss, value):
-    """Gradient of `loss(mean, variance)` with respect to means and variances."""
+    """Compute the gradient of ``loss(mean, variance)`` with respect to means and variances."""
     leaves = [tensor.clone().requires_grad_() for tensor in value]
     return torch.autograd.grad(loss(*leaves), leaves)
 
@@ -44,12 +44,12 @@ def _likelihood(moments):
     return lambda mean, variance: objective(GaussianParameters(mean, variance), moments, kld_weight=0.0)
 
 
-# the fixed-point equations
+# fixed-point equations
 
 
 @pytest.mark.parametrize("pi", ["pair", "mean"])
 @pytest.mark.parametrize("learn", LEARN)
-def test_one_sweep_equals_the_literal_loops(learn, pi):
+def test_one_sweep_matches_the_reference_loops(learn, pi):
     moments, start = _moments(6, 11), _statistics(_moments(6, 11, seed=1))[1]
     options = {"kld_weight": 7.0, "alpha": 3.0, "pi": pi, "damp": 0.5}
     found = fpi(moments, learn=learn, variance=start, variance_bounds=None, memory=0, max_steps=1, **options)
@@ -61,33 +61,33 @@ def test_one_sweep_equals_the_literal_loops(learn, pi):
 
 
 @pytest.mark.parametrize(("kld_weight", "isotropic"), [(0.1, False), (0.3, False), (0.3, True)])
-def test_an_exact_step_leads_to_the_minimum_along_its_coordinate(kld_weight, isotropic):
+def test_exact_step_leads_to_the_minimum_along_each_coordinate(kld_weight, isotropic):
     moments = _moments(6, 11)
     options = {"alpha": 3.0, "pi": "pair", "learn": ("mean", "variance"), "variance_bounds": None}
     options |= {"kld_weight": kld_weight, "isotropic": isotropic, "variance": "data"}
-    balance, x = make_balance(moments, exact=True, **options)
-    weights = kernel(pairwise_kld(*balance.value(x)), kld_weight, 3.0, "pair")
+    problem, x = make_problem(moments, exact=True, **options)
+    weights = kernel(pairwise_kld(*problem.value(x)), kld_weight, 3.0, "pair")
 
-    def force(k, d, block, change):
-        moved = x.clone()
-        moved[block, k, slice(None) if isotropic and block else d] += change
-        moved.requires_grad_()
-        value = GaussianParameters(moved[0], moved[1].exp())
-        held = objective(value, moments, kld_weight=0.0) - (weights * pairwise_kld(*value)).sum()
-        gradient = torch.autograd.grad(held, moved)[0][block, k]
+    def gradient_after(k, d, block, change):  # along one coordinate, with the pair weights fixed
+        changed = x.clone()
+        changed[block, k, slice(None) if isotropic and block else d] += change
+        changed.requires_grad_()
+        value = GaussianParameters(changed[0], changed[1].exp())
+        loss = objective(value, moments, kld_weight=0.0) - (weights * pairwise_kld(*value)).sum()
+        gradient = torch.autograd.grad(loss, changed)[0][block, k]
         return float(gradient.sum() if isotropic and block else gradient[d])
 
-    step, inside = balance.evaluate(x).step, 0
+    step, inside = problem.evaluate(x).step, 0
     for block, k, d in itertools.product(range(2), range(6), range(11)):
         change = float(step[block, k, d])
-        assert change * force(k, d, block, 0.0) < 0
+        assert change * gradient_after(k, d, block, 0.0) < 0
         if block == 0 or abs(change) < 0.99 * math.log(2):
             inside += 1
-            assert abs(force(k, d, block, change)) < 1e-9
+            assert abs(gradient_after(k, d, block, change)) < 1e-9
     assert inside > 66
 
 
-def test_sweeps_do_not_depend_on_the_blocks_of_dimensions(monkeypatch):
+def test_sweeps_do_not_depend_on_the_block_size(monkeypatch):
     moments, options = _moments(6, 50), {"kld_weight": 7.0, "memory": 0, "max_steps": 3}
     for isotropic in (False, True):
         whole = fpi(moments, isotropic=isotropic, **options)
@@ -99,20 +99,21 @@ def test_sweeps_do_not_depend_on_the_blocks_of_dimensions(monkeypatch):
 
 
 @pytest.mark.parametrize("pi", ["pair", "mean"])
-def test_equations_5_and_6_hold_as_published_at_the_fixed_point(pi):
+def test_published_equations_5_and_6_hold_at_the_fixed_point(pi):
     moments, options = _moments(6, 40), {"kld_weight": 0.5, "alpha": 10.0, "pi": pi}
     found = fpi(moments, variance_bounds=None, tol=1e-10, **options)
     terms = oracles.fpi_terms(*found.value, *_statistics(moments), **options)
     assert found.converged
     torch.testing.assert_close(found.value.mean, terms["mean"], atol=1e-8, rtol=0)
-    published = found.value.variance.square() * terms["A"]  # Σ A Σ = B, not only with the positive splits
+    # Σ A Σ = B with the published A and B, not only with A⁺ and B⁺
+    published = found.value.variance.square() * terms["A"]
     torch.testing.assert_close(published, terms["B"], atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("pi", ["pair", "mean"])
 @pytest.mark.parametrize("learn", LEARN)
 @pytest.mark.parametrize(("k", "d", "kld_weight"), [(10, 64, 1.0), (10, 64, 30.0), (100, 3072, 3.0)])
-def test_the_gradient_vanishes_inside_the_bounds_and_has_the_right_sign_at_them(k, d, kld_weight, learn, pi):
+def test_gradient_vanishes_inside_the_bounds_and_has_the_right_sign_at_them(k, d, kld_weight, learn, pi):
     moments = _moments(k, d)
     found = fpi(moments, kld_weight=kld_weight, learn=learn, pi=pi, tol=2e-8, max_steps=1000)
     assert found.converged, found[1:]
@@ -128,10 +129,10 @@ def test_the_gradient_vanishes_inside_the_bounds_and_has_the_right_sign_at_them(
         assert total[1][inside].norm() <= 1e-6 * own[1][inside].norm()
         assert total[1][low].ge(0).all()
         assert total[1][high].le(0).all()
-        assert kld_weight == 1.0 or ((low | high).any() and inside.any()), "the bounds must be tested"
+        assert kld_weight == 1.0 or ((low | high).any() and inside.any()), "no variance at the bounds or inside"
 
 
-def test_without_repulsion_the_fixed_point_is_the_class_statistics():
+def test_without_repulsion_the_fixed_point_equals_the_class_statistics():
     moments = _moments(6, 40)
     for options in ({"variance": "data"}, {"variance": "unit"}, {"variance": "unit", "memory": 0}):
         found = fpi(moments, kld_weight=0.0, variance_bounds=None, tol=1e-6, **options)
@@ -143,7 +144,7 @@ def test_without_repulsion_the_fixed_point_is_the_class_statistics():
 
 @pytest.mark.parametrize("kld_weight", [1.0, 100.0, 1e4])
 @pytest.mark.parametrize("pi", ["pair", "mean"])
-def test_equidistant_means_move_to_the_closed_form(kld_weight, pi):
+def test_equidistant_means_reach_the_closed_form_solution(kld_weight, pi):
     k, alpha, r0 = 6, 2.0, 1.5
     mean = torch.zeros(k, 10, dtype=torch.float64)
     mean[:, :k] = r0 / 2**0.5 * torch.eye(k, dtype=torch.float64)  # pairwise distance r0
@@ -164,7 +165,7 @@ def test_equidistant_means_move_to_the_closed_form(kld_weight, pi):
 
 @pytest.mark.parametrize("kld_weight", [1.0, 10.0, 100.0, 1e3, 1e4])
 @pytest.mark.parametrize("k", [10, 100])
-def test_converges_for_every_weight(k, kld_weight):
+def test_fpi_converges_for_every_weight(k, kld_weight):
     for learn in LEARN:
         found = fpi(_moments(k, 128), kld_weight=kld_weight, learn=learn)
         assert found.converged, (learn, found[1:])
@@ -172,7 +173,7 @@ def test_converges_for_every_weight(k, kld_weight):
         assert "variance" not in learn or found.value.variance.clamp(low, high).equal(found.value.variance)
 
 
-def test_acceleration_finds_what_the_damped_iteration_finds():
+def test_accelerated_and_damped_solver_agree():
     moments = _moments(10, 256)
     plain = fpi(moments, kld_weight=3.0, memory=0, tol=1e-7)
     fast = fpi(moments, kld_weight=3.0, tol=1e-7)
@@ -182,7 +183,7 @@ def test_acceleration_finds_what_the_damped_iteration_finds():
     torch.testing.assert_close(fast.value, plain.value, atol=1e-6, rtol=0)
 
 
-def test_a_solver_that_stops_early_says_so():
+def test_stopping_early_is_reported_as_not_converged():
     moments = _moments(10, 64)
     for memory in (0, 5):
         found = fpi(moments, kld_weight=30.0, memory=memory, max_steps=4)
@@ -193,13 +194,13 @@ def test_a_solver_that_stops_early_says_so():
 
 
 @pytest.mark.parametrize("memory", [0, 5])
-def test_without_bounds_a_strong_repulsion_is_not_passed_off_as_converged(memory):
+def test_strong_repulsion_without_bounds_does_not_report_convergence(memory):
     found = fpi(_moments(3, 4), kld_weight=1e3, variance_bounds=None, memory=memory, max_steps=3000)
     assert not found.converged
     assert all(tensor.isfinite().all() for tensor in found.value)
 
 
-def test_isotropic_variances_are_stationary_along_the_classes_scale():
+def test_isotropic_variances_are_stationary_in_the_scale_of_each_class():
     moments = _moments(8, 50)
     found = fpi(moments, kld_weight=0.5, isotropic=True, tol=1e-9)
     _, total = _gradients(lambda m, v: objective(GaussianParameters(m, v), moments, kld_weight=0.5), found.value)
@@ -211,7 +212,7 @@ def test_isotropic_variances_are_stationary_along_the_classes_scale():
     torch.testing.assert_close(shared, moments.variance.mean(1, keepdim=True).expand(8, 50))
 
 
-def test_estimators_leave_moments_and_the_global_rng_alone():
+def test_estimators_do_not_change_the_moments_or_the_global_rng():
     moments, before = _moments(5, 8), torch.get_rng_state()
     sums = {name: tensor.clone() for name, tensor in moments.tensors().items()}
     for estimate in (fpi, gradient_descent):
@@ -221,17 +222,17 @@ def test_estimators_leave_moments_and_the_global_rng_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_value_goes_into_the_class_gaussians():
+def test_result_can_be_assigned_to_class_gaussians():
     gaussians = ClassGaussians(*unit_gaussian(6, 40))
     assert gaussians.mean.eq(0).all()
     gaussians.assign_(fpi(_moments(6, 40), kld_weight=10.0).value)
     assert gaussians.mean.abs().max() > 0.5
 
 
-# bad input
+# invalid input
 
 
-def _replaced(**changes):
+def _modified(**changes):
     tensors = {name: tensor.clone() for name, tensor in _moments(4, 6).tensors().items()}
     for name, change in changes.items():
         change(tensors[name])
@@ -242,7 +243,7 @@ def _one_sample(count):
     count[2] = 1
 
 
-def _absent(count):
+def _empty(count):
     count[1] = 0
 
 
@@ -251,9 +252,9 @@ def _nan(total):
 
 
 BAD_MOMENTS = {
-    "absent": (_replaced(count=_absent), "no sample of class 1 of 4"),
-    "single": (_replaced(count=_one_sample), "class 2 has one sample"),
-    "nan": (_replaced(total=_nan), "class 3 are not finite"),
+    "empty": (_modified(count=_empty), "no samples for class 1 of 4"),
+    "single": (_modified(count=_one_sample), "class 2 has only one sample"),
+    "nan": (_modified(total=_nan), "class 3 are not finite"),
     "constant": (
         ClassMoments.of(torch.tensor([[1.0, 2.0], [1.0, 3.0], [0.0, 1.0], [2.0, 2.0]]), torch.tensor([0, 0, 1, 1]), 2),
         "class 0 has zero variance in 1 of 2 dimensions",
@@ -262,14 +263,14 @@ BAD_MOMENTS = {
 
 
 @pytest.mark.parametrize("case", sorted(BAD_MOMENTS))
-def test_bad_moments_are_refused_by_class(case):
+def test_invalid_moments_raise_an_error_naming_the_class(case):
     moments, message = BAD_MOMENTS[case]
     for estimate in (data_initialisation, lambda m: fpi(m, kld_weight=1.0), lambda m: glem(m, steps=2)):
         with pytest.raises(ValueError, match=message):
             estimate(moments)
 
 
-def test_means_with_unit_variances_need_no_variance_of_the_data():
+def test_means_only_with_unit_variances_does_not_need_the_data_variance():
     moments = BAD_MOMENTS["constant"][0]
     assert fpi(moments, kld_weight=1.0, learn="mean", variance="unit").converged
     assert fpi(BAD_MOMENTS["single"][0], kld_weight=1.0, learn="mean", variance="unit").converged
@@ -282,8 +283,8 @@ def test_means_with_unit_variances_need_no_variance_of_the_data():
         ({"kld_weight": math.nan}, "got nan"),
         ({"alpha": 0.0}, "alpha must be finite and > 0"),
         ({"pi": "median"}, "pi must be 'pair' .* or 'mean' .*, got 'median'"),
-        ({"learn": ()}, "learn must hold"),
-        ({"learn": ("mean", "std")}, "learn must hold 'mean', 'variance' or both"),
+        ({"learn": ()}, "learn must be"),
+        ({"learn": ("mean", "std")}, "learn must be 'mean', 'variance' or a tuple of both"),
         ({"variance": "identity"}, "variance must be 'data', 'unit' or"),
         ({"variance": torch.ones(4, 5)}, r"initial variances must be \(4, 6\)"),
         ({"variance": torch.zeros(4, 6)}, "finite and positive"),
@@ -295,15 +296,15 @@ def test_means_with_unit_variances_need_no_variance_of_the_data():
         ({"tol": math.nan}, "must be >= 0"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         fpi(_moments(4, 6), **{"kld_weight": 1.0, **options})
 
 
-def test_classes_that_coincide_are_named():
+def test_identical_classes_raise_an_error_naming_them():
     moments = _moments(4, 6)
     for tensor in (moments.tensors()["total"], moments.tensors()["squares"]):
         tensor[3] = tensor[1]
-    with pytest.raises(ValueError, match="classes 1 and 3 have the same Gaussian"):
+    with pytest.raises(ValueError, match="classes 1 and 3 have identical Gaussians"):
         fpi(moments, kld_weight=1.0)
     assert fpi(moments, kld_weight=1.0, pi="mean").converged

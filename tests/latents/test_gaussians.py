@@ -17,31 +17,31 @@ def _points(n, d, seed=1):
     return 2 * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def test_log_prob_equals_the_literal_density():
+def test_log_prob_matches_torch_distributions():
     gaussians, z, y = _gaussians().double(), _points(9, 6).double(), torch.arange(9) % 4
-    literal = oracles.class_log_densities(z, gaussians.mean, gaussians.variance)
-    torch.testing.assert_close(gaussians.log_prob(z, y), literal[torch.arange(9), y], atol=1e-10, rtol=0)
+    expected = oracles.class_log_densities(z, gaussians.mean, gaussians.variance)
+    torch.testing.assert_close(gaussians.log_prob(z, y), expected[torch.arange(9), y], atol=1e-10, rtol=0)
 
 
-def test_log_joint_is_log_prob_plus_the_uniform_prior():
+def test_log_joint_is_log_density_plus_log_prior():
     gaussians, z = _gaussians().double(), _points(9, 6).double()
-    literal = oracles.class_log_densities(z, gaussians.mean, gaussians.variance) - math.log(4)
-    torch.testing.assert_close(gaussians.log_joint(z), literal, atol=1e-10, rtol=0)
-    torch.testing.assert_close(gaussians.posterior(z), literal.softmax(1), atol=1e-10, rtol=0)
+    expected = oracles.class_log_densities(z, gaussians.mean, gaussians.variance) - math.log(4)
+    torch.testing.assert_close(gaussians.log_joint(z), expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(gaussians.posterior(z), expected.softmax(1), atol=1e-10, rtol=0)
 
 
-def test_log_posterior_is_that_of_tempered_densities():
+def test_log_posterior_with_temperature_and_soft_labels():
     gaussians, z, y = _gaussians().double(), _points(9, 6).double(), torch.arange(9) % 4
-    literal = oracles.class_log_densities(z, gaussians.mean, gaussians.variance)
+    log_density = oracles.class_log_densities(z, gaussians.mean, gaussians.variance)
     for temperature in (1.0, 7.0):
-        expected = (literal / temperature).log_softmax(1)[torch.arange(9), y]
+        expected = (log_density / temperature).log_softmax(1)[torch.arange(9), y]
         torch.testing.assert_close(gaussians.log_posterior(z, y, temperature), expected, atol=1e-10, rtol=0)
     soft = torch.rand(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    expected = (soft * (literal / 7.0).log_softmax(1)).sum(1)
+    expected = (soft * (log_density / 7.0).log_softmax(1)).sum(1)
     torch.testing.assert_close(gaussians.log_posterior(z, soft, 7.0), expected, atol=1e-10, rtol=0)
 
 
-def test_separation_is_the_mean_divergence_of_unit_gaussians():
+def test_separation_is_the_mean_kld_of_unit_gaussians():
     mean = _gaussians().mean.double()
     pairs = torch.cdist(mean, mean).square() / 2
     separation = ClassGaussians(mean, torch.ones_like(mean)).double().separation()
@@ -54,7 +54,7 @@ def test_log_joint_in_float32_far_from_the_origin(offset):
     gaussians.assign_(GaussianParameters(gaussians.mean + offset, gaussians.variance))
     z = gaussians.sample(torch.arange(20), generator=torch.Generator().manual_seed(2))
     exact = ClassGaussians(gaussians.mean, gaussians.variance).double().log_joint(z.double())
-    # 3072 terms of size 1…10 in float32: eps · Σ|term| is 1e-7 · 1e4; around the origin (uncentred) it is 1e3
+    # 3072 terms of size 1 to 10: eps · Σ|term| is 1e-7 · 1e4. Without centering the error would be 1e3.
     torch.testing.assert_close(gaussians.log_joint(z).double(), exact, atol=2e-2, rtol=0)
 
 
@@ -65,14 +65,14 @@ def test_log_joint_ignores_autocast():
     assert torch.equal(mixed, gaussians.log_joint(z))
 
 
-def test_the_density_integrates_to_one():
+def test_density_integrates_to_one():
     gaussians = _gaussians(k=2, d=1, spread=1.0).double()
     grid = torch.linspace(-12, 12, 20001, dtype=torch.float64)
     density = gaussians.log_joint(grid[:, None]).logsumexp(1).exp()
     assert torch.trapezoid(density, grid).item() == pytest.approx(1.0, abs=1e-10)
 
 
-def test_gradients_reach_the_latents():
+def test_log_prob_is_differentiable_in_the_latents():
     gaussians, z = _gaussians().double(), _points(3, 6).double().requires_grad_()
     y = torch.tensor([0, 1, 3])
     (grad,) = torch.autograd.grad(gaussians.log_prob(z, y).sum(), z)
@@ -80,7 +80,7 @@ def test_gradients_reach_the_latents():
     torch.testing.assert_close(grad, expected.detach(), atol=1e-12, rtol=0)
 
 
-def test_samples_have_the_classes_mean_and_tempered_variance():
+def test_samples_have_the_class_mean_and_scaled_variance():
     gaussians, y = _gaussians(k=2, d=3), torch.arange(2).repeat_interleave(40_000)
     z = gaussians.sample(y, temperature=0.5, generator=torch.Generator().manual_seed(3))
     mean, variance = oracles.class_statistics(z, y, 2)
@@ -89,7 +89,7 @@ def test_samples_have_the_classes_mean_and_tempered_variance():
     assert ((variance / (0.5 * gaussians.variance) - 1).abs() < 6 * (2 / 40_000) ** 0.5).all()
 
 
-def test_temperature_zero_gives_the_means_and_the_global_rng_stays():
+def test_sampling_at_temperature_zero_and_with_a_generator():
     gaussians, y = _gaussians(), torch.tensor([3, 1])
     before = torch.get_rng_state()
     assert torch.equal(gaussians.sample(y, 0.0, torch.Generator()), gaussians.mean[y])
@@ -98,7 +98,7 @@ def test_temperature_zero_gives_the_means_and_the_global_rng_stays():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_assign_replaces_in_place_and_copies():
+def test_assign_copies_into_the_existing_buffers():
     gaussians = _gaussians()
     buffer, mean = gaussians.mean, torch.zeros(4, 6, dtype=torch.float64)
     assert gaussians.assign_(GaussianParameters(mean, torch.ones(4, 6).double())) is gaussians
@@ -118,16 +118,16 @@ ZERO_ROW = ONES.clone().index_fill_(0, torch.tensor([1]), 0.0)
 @pytest.mark.parametrize(
     ("mean", "variance", "message"),
     [
-        (BAD_ROW, ONES, "class 2 has a mean that is not finite"),
-        (ONES, BAD_ROW, "class 2 has a variance that is not finite and positive"),
-        (ONES, ZERO_ROW, "class 1 has a variance"),
-        (ONES, -ONES, "class 0 has a variance .*4 of 4"),
-        (ONES, ONES.double() * 1e-60, "class 0 has a variance"),
-        (ONES, ONES * math.inf, "class 0 has a variance"),
+        (BAD_ROW, ONES, "class 2 has a non-finite mean"),
+        (ONES, BAD_ROW, "class 2 has a non-finite or non-positive variance"),
+        (ONES, ZERO_ROW, "class 1 has a non-finite or non-positive variance"),
+        (ONES, -ONES, "class 0 has a non-finite or non-positive variance .*4 of 4"),
+        (ONES, ONES.double() * 1e-60, "class 0 has a non-finite or non-positive variance"),
+        (ONES, ONES * math.inf, "class 0 has a non-finite or non-positive variance"),
         (ONES, torch.ones(4), r"must both be \(K, D\), got \(4, 6\) and \(4,\)"),
     ],
 )
-def test_bad_parameters_are_refused_and_change_nothing(mean, variance, message):
+def test_invalid_parameters_raise_and_change_nothing(mean, variance, message):
     gaussians = _gaussians()
     before = gaussians.mean.clone()
     with pytest.raises(ValueError, match=message):
@@ -137,13 +137,13 @@ def test_bad_parameters_are_refused_and_change_nothing(mean, variance, message):
     assert torch.equal(gaussians.mean, before)
 
 
-def test_bad_batches_are_refused():
+def test_invalid_batches_raise():
     gaussians, z, y = _gaussians(), _points(3, 6), torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"these class Gaussians are \(K, D\) = \(4, 6\)"):
+    with pytest.raises(ValueError, match=r"expected means of shape \(K, D\) = \(4, 6\), got \(3, 6\)"):
         gaussians.assign_(GaussianParameters(torch.ones(3, 6), torch.ones(3, 6)))
     with pytest.raises(ValueError, match=r"must be \(B, 6\), got \(3, 5\)"):
         gaussians.log_joint(z[:, :5])
-    with pytest.raises(ValueError, match="3 latents need 3 labels"):
+    with pytest.raises(ValueError, match=r"expected 3 labels of shape \(3,\), got \(2,\)"):
         gaussians.log_prob(z, y[:2])
     with pytest.raises(ValueError, match="temperature"):
         gaussians.sample(y, temperature=-1.0)

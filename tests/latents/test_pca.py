@@ -23,20 +23,20 @@ def _batch(blocks, n, seed=1):
 
 
 @pytest.mark.parametrize("sizes", [(30, 40, 25), (8, 9, 12)], ids=["N>D", "N<=D"])
-def test_projectors_and_variances_equal_the_singular_value_decomposition(sizes):
+def test_projectors_and_variances_match_the_svd(sizes):
     blocks = _latents(sizes)
     pca = ClasswisePCA.fit(blocks, rank=5)
     for label, z in enumerate(blocks):
         axes, variance = oracles.principal_axes(z, 5)
         ours = pca.axes[label].double()
-        # float32 storage of the axes bounds the agreement, not the algorithm
+        # the tolerance is that of axes stored in float32, not of the algorithm
         torch.testing.assert_close(ours.T @ ours, axes.T @ axes, atol=2e-6, rtol=0)
         torch.testing.assert_close(pca.variance[label].double(), variance, atol=0, rtol=1e-6)
         torch.testing.assert_close(pca.mean[label], z.mean(0), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("sizes", "least"), [((200, 220), 28), ((20, 30), 19)], ids=["N>D", "N<=D"])
-def test_axes_stay_orthonormal_when_the_spectrum_falls_by_many_decades(sizes, least):
+def test_axes_are_orthonormal_for_a_spectrum_over_many_decades(sizes, least):
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(0, -9, 40, dtype=torch.float64)
     blocks = [torch.randn(n, 40, generator=generator, dtype=torch.float64) * scale for n in sizes]
@@ -47,39 +47,39 @@ def test_axes_stay_orthonormal_when_the_spectrum_falls_by_many_decades(sizes, le
     torch.testing.assert_close(gram, torch.diag_embed(known.double()), atol=1e-6, rtol=0)
 
 
-def test_the_table_holds_every_training_coordinate_grouped_by_class():
+def test_coords_of_all_training_samples_are_grouped_by_class():
     blocks = _latents()
     pca = ClasswisePCA.fit(iter(blocks), rank=4)
     assert pca.offsets.tolist() == [0, 30, 70, 95]
     assert pca.count.tolist() == [30, 40, 25]
     assert pca.labels.tolist() == [0] * 30 + [1] * 40 + [2] * 25
     assert pca.coords.dtype == torch.float16
-    literal = oracles.project_one_by_one(pca.axes, pca.mean, torch.cat(blocks), pca.labels)
-    torch.testing.assert_close(pca.coords.double(), literal, atol=1e-5, rtol=2**-10)  # half precision
+    expected = oracles.project_one_by_one(pca.axes, pca.mean, torch.cat(blocks), pca.labels)
+    torch.testing.assert_close(pca.coords.double(), expected, atol=1e-5, rtol=2**-10)  # float16
     for label in range(3):
         rows = pca.coords[pca.offsets[label] : pca.offsets[label + 1]].double()
         torch.testing.assert_close(rows.var(0, unbiased=False), pca.variance[label].double(), atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 9, None])
-def test_project_equals_the_loop_over_samples(rank):
+def test_project_matches_the_loop_over_samples(rank):
     blocks = _latents()
     pca, (z, y) = ClasswisePCA.fit(blocks, rank=11), _batch(blocks, 33)
-    literal = oracles.project_one_by_one(pca.axes[:, :rank], pca.mean, z, y)
-    torch.testing.assert_close(pca.project(z, y, rank).double(), literal, atol=1e-5, rtol=0)
+    expected = oracles.project_one_by_one(pca.axes[:, :rank], pca.mean, z, y)
+    torch.testing.assert_close(pca.project(z, y, rank).double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 4, 11])
-def test_combine_equals_the_loop_over_samples(rank):
+def test_combine_matches_the_loop_over_samples(rank):
     blocks = _latents()
     pca, (z, y) = ClasswisePCA.fit(blocks, rank=11), _batch(blocks, 33)
     a = z[:, :rank]
-    literal = oracles.combine_one_by_one(pca.axes[:, :rank], a, y)
-    torch.testing.assert_close(pca.combine(a, y).double(), literal, atol=1e-5, rtol=0)
+    expected = oracles.combine_one_by_one(pca.axes[:, :rank], a, y)
+    torch.testing.assert_close(pca.combine(a, y).double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_full_rank_is_lossless_for_training_points_under_every_grad_mode(mode):
+def test_full_rank_is_lossless_for_training_latents_in_every_grad_mode(mode):
     blocks = _latents((9, 8))
     pca, (z, y) = ClasswisePCA.fit(blocks, rank=8), _batch(blocks, 6)
     with mode():
@@ -97,7 +97,7 @@ def test_small_and_degenerate_classes_are_padded_with_zeros():
     assert torch.equal(pca.sample(torch.tensor([0, 2])), pca.mean[torch.tensor([0, 2])])
 
 
-def test_fit_is_deterministic_down_to_the_signs():
+def test_signs_of_the_axes_are_deterministic():
     blocks = _latents()
     first, flipped = ClasswisePCA.fit(blocks, 4), ClasswisePCA.fit([z.flip(0) for z in blocks], 4)
     torch.testing.assert_close(first.axes, flipped.axes, atol=1e-5, rtol=0)
@@ -109,21 +109,21 @@ def test_samples_at_full_rank_have_the_class_covariance():
     blocks = _latents((60, 5), dim=4)
     pca, y = ClasswisePCA.fit(blocks, rank=4), torch.zeros(100_000, dtype=torch.int64)
     z = pca.sample(y, generator=torch.Generator().manual_seed(2)).double()
-    centred = blocks[0].double() - blocks[0].double().mean(0)
-    covariance = centred.T @ centred / 60
+    centered = blocks[0].double() - blocks[0].double().mean(0)
+    covariance = centered.T @ centered / 60
     # six standard errors of a covariance entry: √((σᵢᵢσⱼⱼ + σᵢⱼ²)/n)
     error = ((covariance.diag().outer(covariance.diag()) + covariance.square()) / 100_000).sqrt()
     assert ((z.T.cov() - covariance).abs() < 6 * error).all()
     assert torch.equal(pca.sample(y[:2], 0.0), pca.mean[y[:2]])
 
 
-def test_tensors_round_trip_and_every_buffer_moves():
+def test_tensors_round_trip_and_to_moves_every_buffer():
     pca = ClasswisePCA.fit(_latents(), rank=3)
     again = ClasswisePCA.from_tensors(pca.tensors())
     for name, buffer in pca.named_buffers():
         assert torch.equal(buffer, dict(again.named_buffers())[name]), name
     assert {buffer.device.type for buffer in pca.to("meta").buffers()} == {"meta"}
-    with pytest.raises(ValueError, match="offsets missing"):
+    with pytest.raises(ValueError, match="missing offsets"):
         ClasswisePCA.from_tensors({name: t for name, t in again.tensors().items() if name != "offsets"})
 
 
@@ -133,24 +133,24 @@ GOOD = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("latents", "rank", "message"),
     [
-        ([GOOD, GOOD[:0]], 2, "class 1 has no sample"),
-        ([GOOD, GOOD / 0], 2, "class 1 are not all finite"),
+        ([GOOD, GOOD[:0]], 2, "class 1 has no samples"),
+        ([GOOD, GOOD / 0], 2, "class 1 contain NaN or infinity"),
         ([GOOD, GOOD[:, :2]], 2, r"class 1 must be \(N_y, 3\), got \(5, 2\)"),
         ([GOOD], 0, "rank must be at least 1, got 0"),
-        ([], 2, "no class to fit"),
-        ([GOOD * 1e6], 2, "class 0 exceed half precision"),
+        ([], 2, "latents is empty"),
+        ([GOOD * 1e6], 2, "class 0 exceed the float16 range"),
     ],
 )
-def test_bad_latents_are_refused_by_class(latents, rank, message):
+def test_invalid_latents_raise_an_error_naming_the_class(latents, rank, message):
     with pytest.raises(ValueError, match=message):
         ClasswisePCA.fit(latents, rank)
 
 
-def test_bad_batches_are_refused():
+def test_invalid_arguments_raise():
     pca, y = ClasswisePCA.fit([GOOD, GOOD], rank=2), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="asked for 3 axes, this class PCA has 2"):
+    with pytest.raises(ValueError, match=r"rank must be in \[1, 2\], got 3"):
         pca.project(GOOD[:2], y, rank=3)
-    with pytest.raises(ValueError, match="asked for 0 axes"):
+    with pytest.raises(ValueError, match=r"rank must be in \[1, 2\], got 0"):
         pca.combine(torch.zeros(2, 0), y)
     with pytest.raises(ValueError, match=r"latents \(B, 3\) and labels"):
         pca.project(GOOD[:2, :2], y)
@@ -158,7 +158,7 @@ def test_bad_batches_are_refused():
         pca.combine(torch.zeros(3, 2), y)
     with pytest.raises(ValueError, match="temperature"):
         pca.sample(y, temperature=-0.1)
-    with pytest.raises(ValueError, match="offsets must rise"):
+    with pytest.raises(ValueError, match="offsets must be non-decreasing from 0 to 10"):
         ClasswisePCA(pca.axes, pca.variance, pca.mean, pca.coords, torch.tensor([0, 5, 9]))
-    with pytest.raises(ValueError, match="need shapes"):
+    with pytest.raises(ValueError, match="must have shapes"):
         ClasswisePCA(pca.axes, pca.variance[:1], pca.mean, pca.coords, pca.offsets)

@@ -1,4 +1,4 @@
-"""Class Gaussians from class moments: fixed-point iteration, GLEM, gradient descent and the data's own."""
+"""Estimators of the class Gaussians from class moments: fixed-point iteration, GLEM, gradient descent, data."""
 
 from flowaug.latents.estimators.descent import LR_POLICIES, gradient_descent
 from flowaug.latents.estimators.divergence import objective, pairwise_kld

@@ -1,6 +1,6 @@
-"""Pairwise divergences of the class Gaussians and the objective of Enescu & Sahbi (BMVC 2024) built on them.
+"""Pairwise KL divergences of the class Gaussians, and the objective of Enescu & Sahbi (BMVC 2024).
 
-Equation numbers are the paper's. `λ'` is its `λ / (K (K − 1))`.
+Equation numbers refer to that paper. The weight ``λ'`` is its ``λ / (K (K − 1))``.
 """
 
 from __future__ import annotations
@@ -14,68 +14,85 @@ from torch import Tensor
 from flowaug.latents.gaussians import GaussianParameters
 from flowaug.latents.moments import ClassMoments
 
-__all__ = ["Forces", "column_blocks", "kernel", "objective", "pair_scale", "pairwise_kld", "repulsion"]
-
-_BLOCK = 2**19  # entries of a (K, columns) block
+_BLOCK = 2**19  # number of entries in a block of columns
 
 
 def pairwise_kld(mean: Tensor, variance: Tensor) -> Tensor:
-    r"""Kullback-Leibler divergences of every ordered pair of diagonal Gaussians, in nats.
+    r"""Compute the KL divergence of every ordered pair of diagonal Gaussians, in nats.
 
     .. math:: \mathrm{KLD}(y \| y') = \tfrac12 \Big[\sum_d \frac{v_{yd}}{v_{y'd}}
               + \sum_d \frac{(\mu_{yd}-\mu_{y'd})^2}{v_{y'd}} - D + \sum_d \log\frac{v_{y'd}}{v_{yd}}\Big]
 
-    Two matrix products: `O(K²D)` time, `O(KD + K²)` memory, never a `K×K×D` tensor. The means are centred
-    first, which keeps the terms that cancel as small as the spread of the classes. Differentiable.
+    The sums are expanded into two matrix products, with ``O(K²D)`` time and ``O(KD + K²)`` memory; no ``(K, K, D)``
+    tensor is created. The means are centered first, which reduces cancellation. Differentiable.
 
     Args:
-        mean: `(K, D)`.
-        variance: `(K, D)`, positive.
+        mean: class means, ``(K, D)``.
+        variance: class variances, ``(K, D)``, positive.
 
     Returns:
-        `(K, K)`, row `y`, column `y'`; zero diagonal.
+        ``(K, K)``, with the divergence of ``y`` from ``y'`` in row ``y`` and column ``y'``; the diagonal is 0.
 
     Example:
         >>> pairwise_kld(torch.tensor([[0.0], [2.0]]), torch.ones(2, 1)).tolist()
         [[0.0, 2.0], [2.0, 0.0]]
     """
-    twice = mean.new_zeros(len(mean), len(mean))
+    doubled = mean.new_zeros(len(mean), len(mean))  # 2 · KLD
     for m, v in column_blocks(mean, variance):
-        centred, precision, log_det = m - m.mean(0), v.reciprocal(), v.log().sum(1)
-        scaled = centred * precision
-        own = (centred * scaled).sum(1) + log_det - m.shape[1]
-        twice = torch.addmm(twice + own - log_det[:, None], centred.square() + v, precision.T)
-        twice = torch.addmm(twice, centred, scaled.T, alpha=-2.0)
-    return 0.5 * twice * _off_diagonal(twice)
+        centered, precision, log_det = m - m.mean(0), v.reciprocal(), v.log().sum(1)
+        scaled = centered * precision
+        column_terms = (centered * scaled).sum(1) + log_det - m.shape[1]
+        doubled = torch.addmm(doubled + column_terms - log_det[:, None], centered.square() + v, precision.T)
+        doubled = torch.addmm(doubled, centered, scaled.T, alpha=-2.0)
+    return 0.5 * doubled * _off_diagonal(doubled)
 
 
 def column_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same columns of several `(K, D)` matrices, some at a time: temporaries stay small and in cache."""
+    """Iterate over blocks of columns of several ``(K, D)`` matrices, so that temporaries stay small and in cache.
+
+    Args:
+        *matrices: tensors with the same last dimension D. Leading dimensions are kept.
+
+    Returns:
+        Iterator of tuples with the same columns of each matrix.
+    """
     width = max(1, _BLOCK // len(matrices[0]))
     return zip(*(matrix.split(width, dim=-1) for matrix in matrices), strict=True)
 
 
 def pair_scale(kld: Tensor, pi: str) -> Tensor:
-    """π of Eq. (9), one per pair `(K, K)`, or of Eq. (10), a scalar; a constant: no gradient flows through it.
+    """Compute the normalizer π of the divergences. It is a constant: gradients do not flow through it.
 
-    The floor keeps the 0/0 of two classes that coincide finite.
+    Args:
+        kld: pairwise divergences, ``(K, K)``.
+        pi: ``"pair"`` for the divergence of each pair (Eq. 9) or ``"mean"`` for their mean (Eq. 10).
+
+    Returns:
+        ``(K, K)`` for ``"pair"``, a scalar for ``"mean"``.
+
+    Raises:
+        ValueError: if ``pi`` is neither ``"pair"`` nor ``"mean"``.
     """
     if pi not in ("pair", "mean"):
         raise ValueError(f"pi must be 'pair' (Eq. 9) or 'mean' (Eq. 10), got {pi!r}")
-    constant, floor = kld.detach(), torch.finfo(kld.dtype).tiny ** 0.5
+    constant = kld.detach()
+    floor = torch.finfo(kld.dtype).tiny ** 0.5  # avoids 0/0 for two identical classes
     if pi == "mean":
         constant = constant.sum() / max(1, len(kld) * (len(kld) - 1))
     return constant.clamp(min=floor)
 
 
 def kernel(kld: Tensor, kld_weight: float, alpha: float, pi: str) -> Tensor:
-    r"""Weights :math:`\lambda' K_{yy'} = \lambda' \exp(-\mathrm{KLD}/(\pi\alpha)) / (\pi\alpha)`, `(K, K)`.
+    r"""Compute the pair weights :math:`\lambda' K_{yy'} = \lambda' \exp(-\mathrm{KLD}/(\pi\alpha)) / (\pi\alpha)`.
 
     Args:
-        kld: pairwise divergences, `(K, K)`.
-        kld_weight: :math:`\lambda'`, already divided by K(K−1).
-        alpha: the scale :math:`\alpha`.
-        pi: `"pair"` (Eq. 9) or `"mean"` (Eq. 10).
+        kld: pairwise divergences, ``(K, K)``.
+        kld_weight: weight :math:`\lambda'`, already divided by K(K−1).
+        alpha: scale :math:`\alpha`.
+        pi: ``"pair"`` (Eq. 9) or ``"mean"`` (Eq. 10).
+
+    Returns:
+        ``(K, K)``, with zero diagonal.
     """
     scale = alpha * pair_scale(kld, pi)
     weights = torch.exp(-kld.clamp(min=0) / scale) / scale
@@ -85,17 +102,19 @@ def kernel(kld: Tensor, kld_weight: float, alpha: float, pi: str) -> Tensor:
 def objective(
     value: GaussianParameters, moments: ClassMoments, *, kld_weight: float, alpha: float = 10.0, pi: str = "pair"
 ) -> Tensor:
-    r"""The loss that `fpi` makes stationary, Eq. (3) and (4) up to a constant; differentiable in `value`.
+    r"""Compute the loss of Eq. (3) and (4), up to a constant. ``fpi`` finds a stationary point of it.
 
     .. math:: L(\Psi) = \sum_y \overline{\mathrm{NLL}}_y
               + \lambda' \sum_{y \ne y'} \exp(-\mathrm{KLD}(y\|y') / (\pi\alpha)), \quad \pi \text{ held constant}
 
+    Differentiable with respect to ``value``.
+
     Args:
-        value: means and variances, `(K, D)` each.
-        moments: class statistics of the latents.
-        kld_weight: :math:`\lambda'`, already divided by K(K−1).
-        alpha: the scale :math:`\alpha`.
-        pi: `"pair"` or `"mean"`.
+        value: means and variances, ``(K, D)`` each.
+        moments: class moments of the latents.
+        kld_weight: weight :math:`\lambda'`, already divided by K(K−1).
+        alpha: scale :math:`\alpha`.
+        pi: ``"pair"`` (Eq. 9) or ``"mean"`` (Eq. 10).
 
     Returns:
         A scalar.
@@ -108,13 +127,14 @@ def objective(
 
 
 class Forces(NamedTuple):
-    r"""What all pairs together do to each parameter, `(K, D)` each; None for what is not learned.
+    r"""Contribution of the pairwise repulsion to each parameter, ``(K, D)`` each; None if it is not learned.
 
     Attributes:
-        push: :math:`\lambda' \Sigma_y \sum_{y'} (K_{yy'} \Sigma_{y'}^{-1} + K_{y'y} \Sigma_y^{-1}) \delta`,
-            the displacement of the mean from the data's (Eq. 5).
-        shrink: the pairs' share of :math:`\Sigma_y A^+ \Sigma_y` (Eq. 6 and 7, positive split).
-        grow: the pairs' share of :math:`B^+`.
+        push: :math:`\lambda' \Sigma_y \sum_{y'} (K_{yy'} \Sigma_{y'}^{-1} + K_{y'y} \Sigma_y^{-1}) \delta`, the
+            displacement of the means from the class means of the data (Eq. 5).
+        shrink: contribution of the pairs to :math:`\Sigma_y A^+ \Sigma_y` (Eq. 6 and 7). The superscript + marks
+            the split of A and B in which all terms are positive; it has the same fixed points.
+        grow: contribution of the pairs to :math:`B^+`.
     """
 
     push: Tensor | None = None
@@ -123,27 +143,33 @@ class Forces(NamedTuple):
 
 
 def repulsion(mean: Tensor, variance: Tensor, weights: Tensor, learn: tuple[str, ...]) -> Forces:
-    r"""All pairwise sums of Eq. (5) to (7), by at most four products of a `(K, K)` with a `(K, D)` matrix.
+    r"""Compute the pairwise sums of Eq. (5) to (7), by at most four products of a ``(K, K)`` and a ``(K, D)`` matrix.
 
     Args:
-        mean: `(K, D)`.
-        variance: `(K, D)`.
-        weights: :math:`\lambda' K_{yy'}`, `(K, K)` with zero diagonal.
-        learn: `"mean"`, `"variance"` or both; the other's sums are not computed.
+        mean: class means, ``(K, D)``.
+        variance: class variances, ``(K, D)``.
+        weights: pair weights :math:`\lambda' K_{yy'}`, ``(K, K)`` with zero diagonal.
+        learn: ``"mean"``, ``"variance"`` or both; sums of other parameters are not computed.
     """
-    mean, precision = mean - mean.mean(0), variance.reciprocal()  # only differences of means enter
-    given, taken = weights.sum(1)[:, None], weights.sum(0)[:, None]  # λ'ΣK_yy' and λ'ΣK_y'y
-    spread, drawn = weights @ precision, weights.T @ mean  # λ'ΣK_yy'/v' and λ'ΣK_y'y μ'
+    mean, precision = mean - mean.mean(0), variance.reciprocal()  # only differences of means matter
+    row_sum = weights.sum(1)[:, None]  # λ'ΣK_yy'
+    column_sum = weights.sum(0)[:, None]  # λ'ΣK_y'y
+    weighted_precision = weights @ precision  # λ'ΣK_yy'/v'
+    weighted_mean = weights.T @ mean  # λ'ΣK_y'y μ'
+
     push = shrink = grow = None
-    if "mean" in learn:  # Eq. (5), δ = μ − μ' multiplied out
-        push = (mean * spread).sub_(weights @ precision.mul_(mean)).mul_(variance)
-        push.addcmul_(mean, taken).sub_(drawn)
-    if "variance" in learn:  # Eq. (7): λ'ΣK_y'y (δ² + v') + v λ'ΣK_yy', and v² λ'ΣK_yy'/v' + v λ'ΣK_y'y
+    if "mean" in learn:  # Eq. (5), expanded with δ = μ − μ'
+        push = (mean * weighted_precision).sub_(weights @ precision.mul_(mean)).mul_(variance)
+        push.addcmul_(mean, column_sum).sub_(weighted_mean)
+    if "variance" in learn:
+        # Eq. (7), shrink: λ'ΣK_y'y (δ² + v') + v λ'ΣK_yy'
         shrink = weights.T @ torch.addcmul(variance, mean, mean)
-        shrink.addcmul_(mean, (mean * taken).sub_(drawn, alpha=2)).addcmul_(variance, given)
-        grow = spread.mul_(variance).add_(taken).mul_(variance)
+        shrink.addcmul_(mean, (mean * column_sum).sub_(weighted_mean, alpha=2)).addcmul_(variance, row_sum)
+        # Eq. (7), grow: v² λ'ΣK_yy'/v' + v λ'ΣK_y'y
+        grow = weighted_precision.mul_(variance).add_(column_sum).mul_(variance)
     return Forces(push, shrink, grow)
 
 
 def _off_diagonal(square: Tensor) -> Tensor:
+    """Return a matrix of ones with zero diagonal, of the size, dtype and device of ``square``."""
     return 1 - torch.eye(len(square), dtype=square.dtype, device=square.device)

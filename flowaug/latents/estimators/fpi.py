@@ -1,4 +1,4 @@
-"""Class Gaussians by fixed-point iteration (NFPI: Enescu & Sahbi, BMVC 2024), and what it starts from."""
+"""Class Gaussians by fixed-point iteration (NFPI: Enescu & Sahbi, BMVC 2024), and their initialization."""
 
 from __future__ import annotations
 
@@ -9,36 +9,26 @@ import torch
 from torch import Tensor
 
 from flowaug.latents.estimators.divergence import pairwise_kld
-from flowaug.latents.estimators.problem import Balance
+from flowaug.latents.estimators.problem import Problem
 from flowaug.latents.estimators.solvers import accelerate, iterate
 from flowaug.latents.gaussians import GaussianParameters
 from flowaug.latents.moments import ClassMoments
 
-__all__ = [
-    "PARTS",
-    "VARIANCE_BOUNDS",
-    "FixedPoint",
-    "checked_parts",
-    "data_initialisation",
-    "fpi",
-    "make_balance",
-    "unit_gaussian",
-]
-
-VARIANCE_BOUNDS = (0.25, 1.25)  # GLEM's c and a + c
+VARIANCE_BOUNDS = (0.25, 1.25)  # c and a + c in GLEM
 PARTS = ("mean", "variance")
 
 
 class FixedPoint(NamedTuple):
-    """What an iterative estimator found and why it stopped.
+    """Result of an iterative estimator.
 
     Attributes:
-        value: means and variances, `(K, D)` float64.
-        steps: states tried after the first, refused ones included.
-        residual: imbalance at `value`: norm of the objective's gradient, what a bound holds left out, over the
-            norm of the larger of its two opposing parts, the likelihood's and the repulsion's. Means count in
-            standard deviations, variances by their logarithm; the worse of the two.
-        converged: whether `residual` came down to the tolerance.
+        value: means and variances, ``(K, D)`` float64.
+        steps: number of states evaluated after the initial one, including rejected steps.
+        residual: relative norm of the gradient at ``value``. The gradient is the difference of two opposing parts,
+            the likelihood and the repulsion; its norm is divided by that of the larger part. Means are measured in
+            standard deviations and variances by their logarithm, and the larger of the two residuals is reported.
+            Gradients that point beyond an active bound are excluded.
+        converged: whether ``residual`` reached the tolerance.
     """
 
     value: GaussianParameters
@@ -48,25 +38,44 @@ class FixedPoint(NamedTuple):
 
 
 def data_initialisation(moments: ClassMoments) -> GaussianParameters:
-    """Means and variances of the latents themselves: the likelihood's optimum, baseline 1 of the paper (λ = 0).
+    """Return the means and variances of the latents, which maximize the likelihood.
+
+    This is the first baseline of Enescu & Sahbi (BMVC 2024), with λ = 0.
+
+    Args:
+        moments: class moments of the latents.
+
+    Returns:
+        Means and variances, ``(K, D)`` float64 each.
 
     Raises:
-        ValueError: naming the class that is absent, has one sample or a variance of 0.
+        ValueError: if a class has fewer than two samples or zero variance in a dimension; the message names it.
     """
     mean, variance = _finite_statistics(moments)
-    way_out = "use unit variances: learn=('mean',), variance='unit'"
+    hint = "use unit variances: learn=('mean',), variance='unit'"
     single = torch.nonzero(moments.count < 2).flatten().tolist()
     if single:
-        raise ValueError(f"class {single[0]} has one sample: no variance to estimate; add samples or {way_out}")
-    flat = torch.nonzero(~(variance > 0).all(1)).flatten().tolist()
-    if flat:
-        dims = int((variance[flat[0]] <= 0).sum())
-        raise ValueError(f"class {flat[0]} has zero variance in {dims} of {moments.dim} dimensions; {way_out}")
+        raise ValueError(
+            f"class {single[0]} has only one sample, so its variance cannot be estimated; add samples or {hint}"
+        )
+    constant = torch.nonzero(~(variance > 0).all(1)).flatten().tolist()
+    if constant:
+        dims = int((variance[constant[0]] <= 0).sum())
+        raise ValueError(f"class {constant[0]} has zero variance in {dims} of {moments.dim} dimensions; {hint}")
     return GaussianParameters(mean, variance)
 
 
 def unit_gaussian(num_classes: int, dim: int, device: torch.device | str | None = None) -> GaussianParameters:
-    """N(0, I) for every class: the monomodal flow."""
+    """Return ``N(0, I)`` for every class, so that the classes share one Gaussian.
+
+    Args:
+        num_classes: number of classes K.
+        dim: dimension D of the latents.
+        device: device of the parameters.
+
+    Returns:
+        Means and variances, ``(K, D)`` float64 each.
+    """
     shape = (num_classes, dim)
     return GaussianParameters(torch.zeros(shape, device=device).double(), torch.ones(shape, device=device).double())
 
@@ -86,37 +95,43 @@ def fpi(
     tol: float = 1e-4,
     max_steps: int = 500,
 ) -> FixedPoint:
-    r"""Solves for the Gaussians at which likelihood and repulsion balance, Eq. (5) and (6), from moments alone.
+    r"""Compute the class Gaussians at which likelihood and repulsion are in balance (Eq. 5 and 6), from moments alone.
+
+    The solution is a stationary point of
 
     .. math:: L(\Psi) = \sum_y \overline{\mathrm{NLL}}_y
               + \lambda' \sum_{y \ne y'} \exp(-\mathrm{KLD}(y\|y') / (\pi\alpha)), \quad \pi \text{ held constant}
 
-    `O(K²D)` time per step by matrix products, `O(K² + memory · KD)` memory. With π the pair's divergence the
-    objective is unbounded below in the variances once :math:`\lambda' c (K-1) > 1/2`,
-    :math:`c = e^{-1/\alpha}/\alpha`: hence the bounds.
+    A step takes ``O(K²D)`` time (matrix products) and ``O(K² + memory · KD)`` memory.
+
+    If π is the pair's own divergence, the objective has no lower bound in the variances for
+    :math:`\lambda' c (K-1) > 1/2` with :math:`c = e^{-1/\alpha}/\alpha`. The variances are therefore bounded.
 
     Args:
-        moments: class statistics of the latents, `(K, D)`.
-        kld_weight: :math:`\lambda'`, the weight of one ordered pair. It *is* the paper's λ/(K(K−1)), and the
-            10…500 of its Table 2: do not divide again.
-        alpha: the scale α of the exponential, 0.1…10 in the paper.
-        pi: `"pair"`, the pair's own divergence (Eq. 9), or `"mean"`, the mean of all of them (Eq. 10).
-        learn: `"mean"`, `"variance"` or both; the rest stays at its initial value.
-        variance: initial variances: `"data"`, `"unit"` (the paper's means-only setting #2) or `(K, D)`.
-        variance_bounds: bounds of *learned* variances; None for none.
-        isotropic: one variance per class, the mean over its dimensions.
-        damp: share of the update taken: the plain iteration's, and the first step of the accelerated one.
-        memory: difference pairs kept by the accelerated solver; 0 for the plain damped iteration, which may
-            cycle.
-        tol: residual to reach, see `FixedPoint`.
-        max_steps: states tried at most.
+        moments: class moments of the latents, with K classes and D dimensions.
+        kld_weight: weight :math:`\lambda'` of the repulsion of one ordered pair. It equals λ/(K(K−1)) in the paper,
+            and the values 10 to 500 in Table 2 of the paper: do not divide it by K(K−1) again.
+        alpha: scale α of the exponential; 0.1 to 10 in the paper.
+        pi: normalizer of the divergences: ``"pair"``, the pair's own divergence (Eq. 9), or ``"mean"``, the mean over
+            all pairs (Eq. 10).
+        learn: ``"mean"``, ``"variance"`` or both. Other parameters keep their initial value.
+        variance: initial variances: ``"data"``, ``"unit"`` (setting 2 of the paper, which learns the means only) or a
+            tensor ``(K, D)``.
+        variance_bounds: lower and upper bound of *learned* variances; None for no bounds.
+        isotropic: use one variance per class, the mean over its dimensions.
+        damp: fraction of each update that is applied. The accelerated solver uses it only for the first step and
+            after a restart.
+        memory: number of past steps used by the accelerated solver. 0 selects the plain damped iteration of the
+            paper, which may cycle.
+        tol: residual at which to stop, see ``FixedPoint``.
+        max_steps: maximum number of states to evaluate.
 
     Returns:
-        Value, steps, residual and whether it converged.
+        Parameters, number of steps, residual and whether the iteration converged.
 
     Raises:
-        ValueError: naming the class that is absent, has one sample or zero variance, or the argument that is
-            out of range.
+        ValueError: if a class has fewer than two samples or zero variance, if two classes are identical or if an
+            argument is out of range. The message names the class or the argument.
 
     Example:
         >>> moments = ClassMoments.of(torch.tensor([[-1.0], [1.0], [2.0], [4.0]]), torch.tensor([0, 0, 1, 1]), 2)
@@ -126,7 +141,7 @@ def fpi(
     """
     learn = checked_parts(learn)
     _check_iteration(damp, memory, tol, max_steps)
-    balance, *start = make_balance(
+    problem, *start = make_problem(
         moments,
         kld_weight=kld_weight,
         alpha=alpha,
@@ -139,14 +154,15 @@ def fpi(
         dtype=torch.float32 if memory and tol >= 1e-5 else torch.float64,
     )
     options = {"damp": damp, "tol": tol, "max_steps": max_steps}
-    if memory:  # the solver gets the only reference to the initial state: its memory is needed
-        point, steps = accelerate(balance, start.pop(), memory=memory, **options)
+    # ``pop`` leaves the solver the only reference to the initial state, so that it can free its memory
+    if memory:
+        last, steps = accelerate(problem, start.pop(), memory=memory, **options)
     else:
-        point, steps = iterate(balance, start.pop(), **options)
-    return FixedPoint(balance.value(point.height.x), steps, point.residual, point.residual <= tol)
+        last, steps = iterate(problem, start.pop(), **options)
+    return FixedPoint(problem.value(last.terms.x), steps, last.residual, last.residual <= tol)
 
 
-def make_balance(
+def make_problem(
     moments: ClassMoments,
     *,
     kld_weight: float,
@@ -158,18 +174,39 @@ def make_balance(
     isotropic: bool = False,
     exact: bool = False,
     dtype: torch.dtype = torch.float64,
-) -> tuple[Balance, Tensor]:
-    """Checks the arguments of an estimator (see `fpi`), sets up its equations and its initial state."""
+) -> tuple[Problem, Tensor]:
+    """Check the arguments of an estimator and create its problem and initial state.
+
+    Args:
+        moments: class moments of the latents.
+        kld_weight: see ``fpi``.
+        alpha: see ``fpi``.
+        pi: see ``fpi``.
+        learn: see ``fpi``.
+        variance: see ``fpi``.
+        variance_bounds: see ``fpi``.
+        isotropic: see ``fpi``.
+        exact: see ``Problem``.
+        dtype: see ``Problem``.
+
+    Returns:
+        The problem and its initial state, ``(blocks, K, D)``.
+
+    Raises:
+        ValueError: see ``fpi``.
+    """
     _check_objective(kld_weight, alpha)
     bounds = _checked_bounds(variance_bounds)
-    learned = "variance" in learn
-    data = data_initialisation(moments) if learned else _finite_statistics(moments)
+
+    learn_variance = "variance" in learn
+    data = data_initialisation(moments) if learn_variance else _finite_statistics(moments)
     start = GaussianParameters(data.mean, _initial_variance(moments, variance, isotropic))
     if pi == "pair" and kld_weight > 0:
         _check_distinct(start)
-    balance = Balance(
+
+    problem = Problem(
         data,
-        None if len(learn) == 2 else start.mean if learned else start.variance,
+        None if len(learn) == 2 else start.mean if learn_variance else start.variance,
         kld_weight=kld_weight,
         alpha=alpha,
         pi=pi,
@@ -180,14 +217,17 @@ def make_balance(
         dtype=dtype,
     )
     blocks = {"mean": start.mean, "variance": start.variance.log()}
-    return balance, balance.project(torch.stack([blocks[name] for name in learn]))
+    return problem, problem.project(torch.stack([blocks[name] for name in learn]))
 
 
 def _finite_statistics(moments: ClassMoments) -> GaussianParameters:
     mean, variance = moments.mean, moments.variance
-    broken = torch.nonzero(~(torch.isfinite(mean) & torch.isfinite(variance)).all(1)).flatten().tolist()
-    if broken:
-        raise ValueError(f"the moments of class {broken[0]} are not finite: the flow has diverged; train it again")
+    invalid = torch.nonzero(~(torch.isfinite(mean) & torch.isfinite(variance)).all(1)).flatten().tolist()
+    if invalid:
+        raise ValueError(
+            f"the moments of class {invalid[0]} are not finite: the flow has diverged; train it again with a lower "
+            "learning rate"
+        )
     return GaussianParameters(mean, variance)
 
 
@@ -195,8 +235,8 @@ def _initial_variance(moments: ClassMoments, variance: str | Tensor, isotropic: 
     if isinstance(variance, Tensor):
         initial = variance.to(moments.mean, copy=True)
         if initial.shape != moments.mean.shape or not bool((torch.isfinite(initial) & (initial > 0)).all()):
-            shape = tuple(moments.mean.shape)
-            raise ValueError(f"initial variances must be {shape}, finite and positive; got {tuple(initial.shape)}")
+            expected, found = tuple(moments.mean.shape), tuple(initial.shape)
+            raise ValueError(f"initial variances must be {expected}, finite and positive; got shape {found}")
     elif variance == "data":
         initial = data_initialisation(moments).variance
     elif variance == "unit":
@@ -212,16 +252,23 @@ def _check_distinct(start: GaussianParameters) -> None:
     first, second = sorted(divmod(pair, len(kld)))
     if float(kld.flatten()[pair]) < 1e-9:
         raise ValueError(
-            f"classes {first} and {second} have the same Gaussian: their repulsion has no direction; merge them, "
-            "or use pi='mean'"
+            f"classes {first} and {second} have identical Gaussians, so their repulsion has no direction; merge the "
+            "two classes or use pi='mean'"
         )
 
 
 def checked_parts(learn: tuple[str, ...] | str) -> tuple[str, ...]:
-    """The parts to learn, in order; a single name will do."""
+    """Return the parameters to learn as a tuple in the order of ``PARTS``.
+
+    Args:
+        learn: ``"mean"``, ``"variance"`` or a tuple of them.
+
+    Raises:
+        ValueError: if ``learn`` is empty or holds another name.
+    """
     chosen = (learn,) if isinstance(learn, str) else tuple(learn)
     if not chosen or set(chosen) - set(PARTS):
-        raise ValueError(f"learn must hold 'mean', 'variance' or both, got {learn!r}")
+        raise ValueError(f"learn must be 'mean', 'variance' or a tuple of both, got {learn!r}")
     return tuple(part for part in PARTS if part in chosen)
 
 
@@ -234,7 +281,7 @@ def _checked_bounds(bounds: tuple[float, float] | None) -> tuple[float, float]:
 
 def _check_objective(kld_weight: float, alpha: float) -> None:
     if not 0 <= kld_weight < math.inf:
-        raise ValueError(f"kld_weight (λ') must be finite and >= 0, got {kld_weight}; 0 is the plain likelihood")
+        raise ValueError(f"kld_weight (λ') must be finite and >= 0, got {kld_weight}; use 0 for maximum likelihood")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be finite and > 0, got {alpha}; the paper uses 0.1 to 10")
 

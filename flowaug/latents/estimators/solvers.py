@@ -1,4 +1,4 @@
-"""Two ways to a balance: the damped iteration as published, and a quasi-Newton method."""
+"""Solvers for the fixed-point problem: the damped iteration as published, and a quasi-Newton method."""
 
 from __future__ import annotations
 
@@ -7,131 +7,162 @@ import math
 import torch
 from torch import Tensor
 
-from flowaug.latents.estimators.problem import Balance, Height, Point
+from flowaug.latents.estimators.problem import Iterate, ObjectiveTerms, Problem
 
-__all__ = ["accelerate", "iterate"]
-
-_TRIALS = 20  # halvings of a step before its direction is given up
-_DECREASE = 1e-4  # share of the decrease promised by the gradient (Armijo)
-_ROUNDING = 1e-12  # of the merit: changes below it are noise
+_TRIALS = 20  # maximum number of step lengths tried along a direction, each half of the previous one
+_DECREASE = 1e-4  # required fraction of the decrease predicted by the gradient (Armijo condition)
+_ROUNDING = 1e-12  # relative changes of the merit below this are rounding errors
 
 
-def iterate(balance: Balance, start: Tensor, *, damp: float, tol: float, max_steps: int) -> tuple[Point, int]:
-    """The plain damped iteration `x ← x + damp · (F(x) − x)`; stops where it leaves the finite numbers.
+def iterate(problem: Problem, start: Tensor, *, damp: float, tol: float, max_steps: int) -> tuple[Iterate, int]:
+    """Run the plain damped iteration ``x ← x + damp · (F(x) − x)``. Stop if a state is not finite.
+
+    Args:
+        problem: problem to solve.
+        start: initial state, ``(blocks, K, D)``.
+        damp: fraction of each step that is applied.
+        tol: residual at which to stop.
+        max_steps: maximum number of steps.
 
     Returns:
-        The last finite point and the number of steps made.
+        The last finite iterate and the number of steps.
     """
-    point = balance.evaluate(start)
+    current = problem.evaluate(start)
     for steps in range(max_steps):
-        if point.residual <= tol:
-            return point, steps
-        following = balance.evaluate(balance.project(point.height.x + damp * point.step))
-        if not math.isfinite(following.residual):
-            return point, steps
-        point = following
-    return point, max_steps
+        if current.residual <= tol:
+            return current, steps
+        updated = problem.evaluate(problem.project(current.terms.x + damp * current.step))
+        if not math.isfinite(updated.residual):
+            return current, steps
+        current = updated
+    return current, max_steps
 
 
 def accelerate(
-    balance: Balance, start: Tensor, *, damp: float, memory: int, tol: float, max_steps: int
-) -> tuple[Point, int]:
-    """Projected L-BFGS whose metric is the step along each coordinate (two-metric projection: Bertsekas, 1982).
+    problem: Problem, start: Tensor, *, damp: float, memory: int, tol: float, max_steps: int
+) -> tuple[Iterate, int]:
+    """Minimize by projected L-BFGS with a diagonal initial metric (two-metric projection: Bertsekas, 1982).
 
-    That step is the gradient times a positive diagonal: about the data term's inverse curvature for Eq. (5) and (6); of
-    a balance that is exact, the way to each coordinate's minimum, which is far where pairs nearly cancel the data term.
-    The diagonal is the initial inverse Hessian, `memory` pairs of differences refine it, and every step must decrease
-    `Balance.merit`: unlike the plain iteration and its Anderson acceleration it does not cycle, and it is not drawn to
-    saddles.
+    The step of the problem is the negative gradient times a positive diagonal. For Eq. (5) and (6) this diagonal is
+    roughly the inverse curvature of the data term. For an exact problem, the step leads to the minimum along each
+    coordinate, which is far away where the repulsion nearly cancels the data term.
+
+    The diagonal is the initial inverse Hessian, and the differences of the last ``memory`` steps refine it. Every step
+    must decrease ``Problem.merit``. Unlike the plain iteration and its Anderson acceleration, the method therefore
+    neither cycles nor is attracted by saddle points.
+
+    Args:
+        problem: problem to solve.
+        start: initial state, ``(blocks, K, D)``.
+        damp: fraction of the step that is applied when there is no history.
+        memory: number of past steps to keep.
+        tol: residual at which to stop.
+        max_steps: maximum number of states to evaluate.
 
     Returns:
-        The last accepted point and the number of states tried after the first.
+        The last accepted iterate and the number of states evaluated after the initial one.
     """
-    point, steps, pairs = balance.evaluate(start), 0, _Memory(memory, start)
-    del start
-    while point.residual > tol and steps < max_steps:
-        direction = _direction(balance, point, pairs, damp)
-        height, used = _search(balance, point, direction, min(_TRIALS, max_steps - steps))
-        del direction  # room for the forces
-        steps += used
-        if height is not None:
-            following = balance.forces(height)
-            pairs.remember(point, following, balance.free(point) & balance.free(following))
-            point = following
-        elif pairs.held:
-            pairs.held = 0
+    current, steps = problem.evaluate(start), 0
+    history = _History(memory, start)
+    del start  # the state is large; free it as soon as it is replaced
+    while current.residual > tol and steps < max_steps:
+        direction = _direction(problem, current, history, damp)
+        terms, trials = _search(problem, current, direction, min(_TRIALS, max_steps - steps))
+        del direction  # free memory before the forces are computed
+        steps += trials
+        if terms is not None:
+            updated = problem.forces(terms)
+            history.append(current, updated, problem.free(current) & problem.free(updated))
+            current = updated
+        elif history.count:
+            history.count = 0  # restart with the plain damped step
         else:
             break
-    return point, steps
+    return current, steps
 
 
-def _direction(balance: Balance, point: Point, pairs: _Memory, damp: float) -> Tensor:
-    """The quasi-Newton direction, or the damped step where there is no memory or no descent."""
-    if pairs.held:
-        direction = pairs.direction(point, balance.metric(point)).mul_(balance.free(point))
-        slope, least = _dot(point.gradient, direction), _dot(point.gradient, point.step)
-        if slope <= 1e-6 * least:  # both negative; False for NaN
+def _direction(problem: Problem, current: Iterate, history: _History, damp: float) -> Tensor:
+    """Return the quasi-Newton direction, or the damped step without history or if the direction is no descent."""
+    if history.count:
+        direction = history.direction(current, problem.metric(current)).mul_(problem.free(current))
+        slope, step_slope = _dot(current.gradient, direction), _dot(current.gradient, current.step)
+        if slope <= 1e-6 * step_slope:  # both are negative; the comparison is False for NaN
             return direction
-        pairs.held = 0
-    return damp * point.step
+        history.count = 0
+    return damp * current.step
 
 
-def _search(balance: Balance, point: Point, direction: Tensor, trials: int) -> tuple[Height | None, int]:
-    """Halves the step until the merit falls; None if it never does. A refused trial costs no forces."""
-    length, before = 1.0, balance.merit(point.height, point.height)
+def _search(problem: Problem, current: Iterate, direction: Tensor, trials: int) -> tuple[ObjectiveTerms | None, int]:
+    """Halve the step until the merit decreases. A rejected trial does not compute forces.
+
+    Args:
+        problem: problem to solve.
+        current: iterate to start from.
+        direction: step of length 1, with the shape of the state.
+        trials: maximum number of step lengths to try.
+
+    Returns:
+        Objective terms of the accepted state, or None, and the number of trials.
+    """
+    length, before = 1.0, problem.merit(current.terms, current.terms)
     for used in range(1, trials + 1):
-        height = balance.measure(balance.project(point.height.x.clone().add_(direction, alpha=length)))
-        blocks = zip(point.gradient, height.x, point.height.x, strict=True)
-        promised = sum(_dot(gradient, there - here) for gradient, there, here in blocks)
-        enough = before + _DECREASE * promised + _ROUNDING * abs(before)
-        if balance.merit(height, point.height) <= enough:  # False for NaN
-            return height, used
+        terms = problem.measure(problem.project(current.terms.x.clone().add_(direction, alpha=length)))
+        blocks = zip(current.gradient, terms.x, current.terms.x, strict=True)
+        predicted = sum(_dot(gradient, new - old) for gradient, new, old in blocks)
+        limit = before + _DECREASE * predicted + _ROUNDING * abs(before)
+        if problem.merit(terms, current.terms) <= limit:  # False for NaN
+            return terms, used
         length *= 0.5
     return None, trials
 
 
-class _Memory:
-    """The latest differences of state and gradient, float32, in a ring: `(size, blocks, K, D)` twice.
+class _History:
+    """Ring buffer of the latest differences of state and gradient, two float32 tensors ``(size, blocks, K, D)``.
 
     Args:
-        size: pairs kept.
-        like: a state.
+        size: maximum number of differences.
+        like: a state, for shape and device.
     """
 
     def __init__(self, size: int, like: Tensor) -> None:
-        self.size, self.held, self._next = size, 0, 0
-        self.moved, self.changed = like.new_empty(2, size, *like.shape, dtype=torch.float32)
-        self.curvature = [0.0] * size
+        self.size, self.count, self._next = size, 0, 0
+        self.dx, self.dg = like.new_empty(2, size, *like.shape, dtype=torch.float32)
+        self.curvature = [0.0] * size  # dot product of dx and dg
 
-    def remember(self, point: Point, following: Point, free: Tensor) -> None:
-        """Adds the differences over the `free` coordinates, if the curvature along them is positive."""
-        moved, changed = self.moved[self._next], self.changed[self._next]
-        self.held = min(self.held, self.size - 1)  # the oldest makes room
-        for block in range(len(moved)):
-            moved[block] = (following.height.x[block] - point.height.x[block]).mul_(free[block])
-            changed[block] = (following.gradient[block] - point.gradient[block]).mul_(free[block])
-        curvature = _dot(moved, changed)
-        if curvature > 1e-6 * float(moved.norm() * changed.norm()):
+    def append(self, current: Iterate, updated: Iterate, free: Tensor) -> None:
+        """Add the differences in the ``free`` coordinates if the curvature along them is positive."""
+        dx, dg = self.dx[self._next], self.dg[self._next]
+        self.count = min(self.count, self.size - 1)  # drop the oldest entry if the buffer is full
+        for block in range(len(dx)):
+            dx[block] = (updated.terms.x[block] - current.terms.x[block]).mul_(free[block])
+            dg[block] = (updated.gradient[block] - current.gradient[block]).mul_(free[block])
+        curvature = _dot(dx, dg)
+        if curvature > 1e-6 * float(dx.norm() * dg.norm()):
             self.curvature[self._next] = curvature
-            self._next, self.held = (self._next + 1) % self.size, self.held + 1
+            self._next, self.count = (self._next + 1) % self.size, self.count + 1
 
-    def direction(self, point: Point, metric: Tensor) -> Tensor:
-        """L-BFGS two-loop recursion (Nocedal, 1980) in float32: a direction needs no more.
+    def direction(self, current: Iterate, metric: Tensor) -> Tensor:
+        """Compute the L-BFGS direction by the two-loop recursion (Nocedal, 1980), in float32.
 
         Args:
-            point: where to go from.
-            metric: initial inverse Hessian, a diagonal; stretched to fit the newest pair.
+            current: iterate to start from.
+            metric: diagonal of the initial inverse Hessian; scaled to match the curvature of the latest entry.
+
+        Returns:
+            Direction, with the shape of the state.
         """
-        latest = [(self._next - 1 - age) % self.size for age in range(self.held)]
-        q, shares = (-point.gradient).float(), {}
-        for i in latest:
-            shares[i] = _dot(self.moved[i], q) / self.curvature[i]
-            q.sub_(self.changed[i], alpha=shares[i])
-        newest = latest[0]
-        stretch = self.curvature[newest] / _dot(self.changed[newest] * metric, self.changed[newest])
-        q.mul_(metric).mul_(min(max(stretch, 0.1), 10.0))
-        for i in reversed(latest):
-            q.add_(self.moved[i], alpha=shares[i] - _dot(self.changed[i], q) / self.curvature[i])
+        newest_first = [(self._next - 1 - age) % self.size for age in range(self.count)]
+        q = (-current.gradient).float()
+        coefficients = {}
+        for i in newest_first:
+            coefficients[i] = _dot(self.dx[i], q) / self.curvature[i]
+            q.sub_(self.dg[i], alpha=coefficients[i])
+
+        newest = newest_first[0]
+        scale = self.curvature[newest] / _dot(self.dg[newest] * metric, self.dg[newest])
+        q.mul_(metric).mul_(min(max(scale, 0.1), 10.0))
+        for i in reversed(newest_first):
+            q.add_(self.dx[i], alpha=coefficients[i] - _dot(self.dg[i], q) / self.curvature[i])
         return q
 
 
