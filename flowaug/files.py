@@ -1,7 +1,9 @@
-"""Files: atomic writes, JSON, packed tensors and markdown tables."""
+"""File utilities: atomic writes, JSON, serialised tensors and markdown tables."""
 
+import html
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +12,22 @@ from torch import Tensor
 
 
 def temporary_name(path: Path) -> Path:
-    """The name a file has until it is whole."""
+    """Return the name under which a file is written until it is complete."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: a reader sees the old file or the new, never half of one."""
+    """Write a file atomically: a reader sees the old or the new content, never a partial file.
+
+    The data goes to a temporary file in the same folder, which is then renamed.
+
+    Args:
+        path: target file; missing parent folders are created.
+        data: content.
+
+    Raises:
+        OSError: if the file cannot be written. The old file is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
@@ -36,11 +48,34 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Serialise tensors, wherever they live, as one safetensors file."""
+    """Serialise tensors in the safetensors format.
+
+    Args:
+        tensors: tensors by name, on any device.
+        metadata: strings to store in the header.
+
+    Returns:
+        The content of a safetensors file.
+    """
     return save_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable]) -> str:
-    """A table in markdown; a bar in a cell does not end it."""
+    r"""Format a markdown table.
+
+    In every cell ``&``, ``<`` and ``>`` become HTML entities, ``|`` becomes ``\|`` and a newline becomes a space.
+
+    Args:
+        header: column titles.
+        rows: cells of each row; converted with ``str``.
+
+    Returns:
+        The lines of the table, without a final newline.
+    """
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_escape_cell, line)) + " |" for line in lines)
+
+
+def _escape_cell(cell: object) -> str:
+    text = html.escape(str(cell), quote=False).replace("|", "\\|")
+    return re.sub(r"\r\n|\r|\n", " ", text)

@@ -1,10 +1,10 @@
-"""Grey levels: the only file that knows how many there are, how wide the noise is and what a bit per dimension means.
+"""Pixel values: quantisation, dequantisation, bits per dimension and resizing.
 
-Batches are resized here too, by the filter of a flow's training images.
+Image ``x`` has values in [0, 1] on the grid ``k / (levels - 1)``, ``k = 0 … levels - 1``. One cell of the grid is
+``1 / (levels - 1)`` wide. Dequantisation adds uniform noise within the cell of each pixel, so a dequantised image can
+leave [0, 1] by half a cell. Augmentation adds no noise: it encodes ``x``, the centre of the cell.
 
-An image ``x`` lives in [0, 1] on the grid ``k / (levels - 1)``, ``k = 0 … levels - 1``. A cell of that grid is
-``1 / (levels - 1)`` wide; dequantisation spreads a pixel uniformly over its cell, so a dequantised image may leave
-[0, 1] by half a cell. The centre of the cell is the image itself: augmentation adds no noise and encodes ``x`` as is.
+This module is the only one that defines the number of levels, the noise width and the bits/dim constant.
 """
 
 import math
@@ -23,28 +23,33 @@ def _check_levels(levels: int) -> None:
 
 
 def quantise(x: Tensor, levels: int = 256) -> Tensor:
-    """Round an image in [0, 1] to its nearest grey level, back in [0, 1].
+    """Round pixel values to the nearest grey level.
 
     Args:
         x: image of any shape, floating point, in [0, 1].
-        levels: number of grey levels (256 = 8 bit, 32 = 5 bit).
+        levels: number of grey levels (256 for 8 bit, 32 for 5 bit).
 
     Returns:
-        An image of the same shape on the grid ``k / (levels - 1)``.
+        An image of the same shape in [0, 1], on the grid ``k / (levels - 1)``.
+
+    Raises:
+        ValueError: if ``levels`` is not an integer of at least 2.
     """
     _check_levels(levels)
     return (x.clamp(0, 1) * (levels - 1)).round() / (levels - 1)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Images at another size, by the filter that makes a flow's training images of files.
+    """Resize a batch of images with the same filter that is applied to image files for training.
+
+    The filter is antialiased bicubic. The aspect ratio is not preserved.
 
     Args:
         x: images (B, C, H, W) in [0, 1].
-        size: ``(h, w)``.
+        size: target size ``(h, w)``.
 
     Returns:
-        Images (B, C, h, w) in [0, 1], antialiased bicubic, the aspect ratio not kept; ``x`` itself if it has the size.
+        Images (B, C, h, w) in [0, 1]; ``x`` itself if it already has this size.
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x
@@ -52,29 +57,41 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def dequantise(x: Tensor, levels: int = 256, generator: torch.Generator | None = None) -> Tensor:
-    """Add uniform noise inside each pixel's cell (Theis et al., "A note on the evaluation of generative models", 2016).
+    """Add uniform noise within the cell of each pixel.
+
+    Source: Theis et al., "A note on the evaluation of generative models", 2016.
 
     Args:
         x: image of any shape in [0, 1].
         levels: number of grey levels.
-        generator: source of the noise, on the device of ``x``.
+        generator: random generator for the noise, on the device of ``x``; None uses the global one.
 
     Returns:
-        ``quantise(x) + u``, ``u`` uniform in ±½ cell.
+        ``quantise(x) + u``, with ``u`` uniform within ±½ cell.
+
+    Raises:
+        ValueError: if ``levels`` is not an integer of at least 2.
     """
     noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return quantise(x, levels) + (noise - 0.5) / (levels - 1)
 
 
 def bits_per_dim(log_prob: Tensor, dim: int, levels: int = 256) -> Tensor:
-    """Convert a log-density in nats into bits per dimension of the discrete image.
+    """Convert a log-density in nats to bits per dimension of the discrete image.
 
-    A cell of ``(1 / (levels - 1)) ** dim`` volume carries the probability of one image, hence the constant.
+    The probability of a discrete image is its density times the volume of its cell, ``(1 / (levels - 1)) ** dim``.
+    The volume is the constant ``log2(levels - 1)``.
 
     Args:
-        log_prob: log-density of dequantised images, in nats.
+        log_prob: log-density of dequantised images, in nats, any shape.
         dim: number of dimensions ``C·H·W`` of an image.
         levels: number of grey levels.
+
+    Returns:
+        Bits per dimension, in the shape of ``log_prob``.
+
+    Raises:
+        ValueError: if ``levels`` is not an integer of at least 2.
     """
     _check_levels(levels)
     return -log_prob / (dim * math.log(2)) + math.log2(levels - 1)

@@ -1,7 +1,7 @@
-"""MEF written down literally, as the authors' release computes it: the yardstick of speed and the oracle of values.
+"""Direct implementation of MEF, as in the authors' release: reference for the values and baseline for the speed.
 
-Gains multiply activations, matrix exponentials are formed per pixel and per call, tensors are NCHW, nothing is folded,
-cached or fused. It reads the parameters of a ``Flow`` of the mef family and computes the same numbers.
+Gains multiply the activations, matrix exponentials are computed per pixel and per call, tensors are NCHW, and nothing
+is fused or cached. The functions take a ``Flow`` of the mef family and use its parameters.
 """
 
 import torch
@@ -75,7 +75,7 @@ def step_inverse(layer, z):
 
 
 def encode(flow, x):
-    """Latents (B, D) and ladj (B,) of images (B, C, H, W)."""
+    """Encode images (B, C, H, W); returns latents (B, D) and ``ladj`` (B,)."""
     outs, total = [], x.new_zeros(len(x))
     for level, shape in zip(flow.bijection.levels, flow.bijection.out_shapes, strict=True):
         for layer in level.bijections:
@@ -87,7 +87,7 @@ def encode(flow, x):
 
 
 def decode(flow, z):
-    """Images (B, C, H, W) of latents (B, D)."""
+    """Decode latents (B, D) to images (B, C, H, W)."""
     shapes = flow.bijection.out_shapes
     outs = [p.unflatten(1, s) for p, s in zip(z.split([c * h * w for c, h, w in shapes], 1), shapes, strict=True)]
     x = outs.pop()

@@ -1,1 +1,1 @@
-"""Normalizing flows: images to latents and back, on disk and over data sets."""
+"""Normalizing flows: bijections, architectures, checkpoints and passes over a data set."""

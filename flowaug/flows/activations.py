@@ -1,18 +1,22 @@
-"""Elementwise functions, in the formulas that eager and compiled code run soonest on a CPU."""
+"""Elementwise activation functions, formulated for speed on a CPU in eager and in compiled mode."""
 
 import torch
 from torch import Tensor
 
 
 def in_compiled_inference() -> bool:
-    """Whether ``torch.compile`` traces this without gradients: what it fuses on a CPU wants formulas of its own."""
+    """Return whether ``torch.compile`` is tracing without gradients.
+
+    The CPU backend of the compiler fuses elementwise operations. It needs other formulas than eager mode to be fast.
+    """
     return torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
-def _coarse_decay(n: Tensor) -> Tensor:
-    """``exp(−n)`` of ``n ≥ 0`` within 6e-4: the eighth power of a cubic in ``min(n, 8) / 8``, in float32.
+def _approximate_exp_neg(n: Tensor) -> Tensor:
+    """Approximate ``exp(−n)`` for ``n ≥ 0`` in float32, with an error of at most 6e-4.
 
-    That is products and sums alone, where ``exp`` is a call; and ``relu`` is one instruction, ``clamp`` several.
+    The result is the eighth power of a cubic polynomial in ``min(n, 8) / 8``. It needs only products and sums, while
+    ``exp`` is a function call. The minimum uses ``relu``, which is one instruction; ``clamp`` takes several.
     """
     h = 1 - (1 - n.float() * 0.125).relu()
     root = 1 - h * (1 - h * (0.5 - h * (1 / 6)))
@@ -22,15 +26,17 @@ def _coarse_decay(n: Tensor) -> Tensor:
 def _elu(x: Tensor) -> Tensor:
     if not in_compiled_inference():
         return x.clamp(max=0).exp_().sub_(1).clamp_min_(x)
+
     n = (-x).relu()
-    decay = _coarse_decay(n) if x.dtype == torch.bfloat16 else n.neg().exp()
+    decay = _approximate_exp_neg(n) if x.dtype == torch.bfloat16 else n.neg().exp()
     return (x.relu() + (decay - 1)).to(x.dtype)
 
 
 class _ELU(torch.autograd.Function):
-    """``max(x, exp(min(x, 0)) − 1)``; the derivative is read off the output, which the next layer keeps anyway.
+    """ELU computed as ``max(x, exp(min(x, 0)) − 1)``.
 
-    PyTorch's CPU kernel evaluates ``expm1`` for every element and takes several times as long.
+    PyTorch's CPU kernel evaluates ``expm1`` for every element and is several times slower. The derivative is computed
+    from the output, which the next layer saves anyway.
     """
 
     @staticmethod
@@ -45,15 +51,16 @@ class _ELU(torch.autograd.Function):
 
 
 def elu(x: Tensor) -> Tensor:
-    """Exponential linear unit (Clevert et al. 2016) of a tensor of any shape.
+    """Compute the exponential linear unit (Clevert et al. 2016) of a tensor of any shape.
 
-    Compiled without gradients it is within 6e-4 of the exact value, and rounding, in bfloat16.
+    In bfloat16, compiled and without gradients, the result is an approximation: its error is at most 6e-4 before
+    rounding.
     """
     return _ELU.apply(x) if torch.is_grad_enabled() else _elu(x)
 
 
 def tanh(x: Tensor) -> Tensor:
-    """Hyperbolic tangent of a tensor of any shape."""
+    """Compute the hyperbolic tangent of a tensor of any shape."""
     if in_compiled_inference():
         return 1 - 2 / ((2 * x).exp() + 1)
     return x.tanh()

@@ -1,4 +1,4 @@
-"""Flow = bijection + class Gaussians."""
+"""Conditional normalizing flow: a bijection and one Gaussian per class in its latent space."""
 
 import copy
 import math
@@ -7,29 +7,35 @@ import torch
 from torch import Tensor, nn
 
 from flowaug.flows.bijections import Bijection
-from flowaug.flows.bijections.base import Conditioned
+from flowaug.flows.bijections.base import ConditionedBijection
 from flowaug.flows.inference import freeze
 from flowaug.latents.gaussians import ClassGaussians
 from flowaug.pixels import bits_per_dim, dequantise
 
-ROUNDING = 0.01  # allowed beyond the largest magnitude of a pixel or a scaled autoencoder latent
-TYPICAL_GAP = 10.0  # nats between an image's class and another, to which ``posterior_weight`` cools them down
+ROUNDING = 0.01  # tolerance on the largest magnitude of a pixel or of a scaled autoencoder latent
+TYPICAL_GAP = (
+    10.0  # log-density gap between classes, in nats, to which the posterior of the hybrid objective is tempered
+)
 
 
 class Flow(nn.Module):
-    r"""A conditional normalizing flow whose label lives only in its class Gaussians.
+    r"""Conditional normalizing flow with one Gaussian per class in the latent space.
 
     .. math:: \log p(x \mid y) = \log N(f(x); \mu_y, \Sigma_y) + \log |\det \partial f / \partial x|
 
-    ``decode`` is therefore one plain function for every class (Enescu & Sahbi, "Learning Conditionally Untangled Latent
-    Spaces using Fixed Point Iteration", Eq. 2).
+    The bijection :math:`f` does not depend on the label, so ``decode`` is the same function for all classes (Enescu &
+    Sahbi, "Learning Conditionally Untangled Latent Spaces using Fixed Point Iteration", Eq. 2).
 
     Args:
-        bijection: maps events, images (B, C, H, W) or vectors (B, D), to vectors (B, D).
+        bijection: maps events, which are images (B, C, H, W) or vectors (B, D), to latents (B, D).
         gaussians: class Gaussians over the D latent dimensions.
-        event_shape: (C, H, W) of images or (D,) of vectors.
+        event_shape: (C, H, W) for images or (D,) for vectors.
         grey_levels: number of grey levels of the images.
-        config: what ``create_flow`` needs to build this flow again.
+        config: the arguments of ``create_flow`` that build this flow, as stored in a checkpoint.
+
+    Attributes:
+        class_names: names of the classes in label order, or None; set by ``load_flow`` and by training.
+        frozen: whether this flow is an inference copy, made by ``freeze``.
 
     Example:
         >>> from flowaug import create_flow
@@ -54,7 +60,7 @@ class Flow(nn.Module):
         self.event_shape = tuple(event_shape)
         self.grey_levels = grey_levels
         self.config = config or {}
-        self.class_names: tuple[str, ...] | None = None  # in label order; set by load_flow and train_flow.py
+        self.class_names: tuple[str, ...] | None = None
         self.frozen = False
 
     @property
@@ -63,35 +69,63 @@ class Flow(nn.Module):
         return math.prod(self.event_shape)
 
     @property
-    def _events(self) -> str:
+    def _event_description(self) -> str:
         return "images (B, C, H, W)" if len(self.event_shape) == 3 else "vectors (B, D)"
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map events to latents. Values are not looked at, which would make the host wait for the device.
+        """Map events to latents.
+
+        The range of the values is not checked, because this would synchronise a GPU.
 
         Args:
-            x: images (B, C, H, W) in [0, 1], dequantised or not, or vectors (B, D), in the dtype of the flow.
+            x: images (B, C, H, W) in [0, 1], dequantised or not, or vectors (B, D); in the dtype of the flow.
 
         Returns:
-            Latents (B, D) and ``ladj`` (B,) in nats.
+            Latents (B, D) and the log-determinants ``ladj`` (B,) in nats.
+
+        Raises:
+            ValueError: for a wrong shape.
+            TypeError: for a wrong dtype.
         """
-        self._check(x, self.event_shape, f"{self._events} of")
+        self._check(x, self.event_shape, f"{self._event_description} of")
         return self.bijection(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Map latents (B, D) back to events (B, *event_shape); images are not clamped to [0, 1]."""
+        """Map latents to events.
+
+        Args:
+            z: latents (B, D), in the dtype of the flow.
+
+        Returns:
+            Events (B, *event_shape). Images are not clamped to [0, 1].
+
+        Raises:
+            ValueError: for a wrong shape.
+            TypeError: for a wrong dtype.
+        """
         self._check(z, (self.dim,), "latents (B, D) of")
         return self.bijection.inverse(z)
 
     def _check(self, x: Tensor, shape: tuple[int, ...], what: str) -> None:
         if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != shape:
-            raise ValueError(f"this flow takes {what} shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"this flow takes {what} shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}; resize or "
+                "reshape the input"
+            )
         dtype = self.gaussians.mean.dtype
         if x.dtype != dtype:
             raise TypeError(f"this flow computes in {dtype}, got a tensor of {x.dtype}; convert it with x.to({dtype})")
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Log-density (B,) in nats: of x given its label (B,), or of x alone when ``y`` is None (uniform prior)."""
+        """Compute the log-density of events.
+
+        Args:
+            x: events (B, *event_shape).
+            y: labels (B,). None for the marginal density under a uniform prior over the classes.
+
+        Returns:
+            ``log p(x | y)``, or ``log p(x)``, (B,) in nats.
+        """
         z, ladj = self.encode(x)
         if y is None:
             return self.gaussians.log_joint(z).logsumexp(1) + ladj
@@ -100,94 +134,145 @@ class Flow(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor | None = None, posterior_weight: float = 0.0, soft: Tensor | None = None
     ) -> Tensor:
-        """What training maximises, and what a data-parallel wrapper calls: ``log_prob`` (B,), and more with a weight.
+        """Compute the training objective per image (the ``forward`` that DDP wraps).
 
-        ``log p(x | y) + posterior_weight · D · log p(y | x)`` is a hybrid of a generative and a discriminative
-        objective (Ardizzone et al., "Training Normalizing Flows with the Information Bottleneck", 2020). Between class
-        Gaussians far apart the posterior is 0 or 1 to thousands of nats, and a few misplaced images would outweigh the
-        likelihood of all; here it is that at the temperature where classes differ by ``TYPICAL_GAP`` nats. With the
-        probabilities ``soft`` (B, K) that a teacher gives the classes, the posterior learns these in place of y
-        (Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", 2015).
+        The objective is ``log p(x | y) + posterior_weight · D · log p(y | x)``, to be maximised. It combines a
+        generative and a discriminative term (Ardizzone et al., "Training Normalizing Flows with the Information
+        Bottleneck", 2020).
+
+        The posterior ``p(y | x)`` is tempered. If the class Gaussians are far apart, log-densities of two classes
+        differ by thousands of nats, and a few misclassified images would outweigh the likelihood of all others. The
+        temperature reduces the mean gap between the classes to ``TYPICAL_GAP`` nats.
+
+        Args:
+            x: events (B, *event_shape).
+            y: labels (B,). None is allowed if ``posterior_weight`` is 0, see ``log_prob``.
+            posterior_weight: weight of the posterior term; 0 gives ``log_prob(x, y)``.
+            soft: class probabilities (B, K) of a teacher, used instead of ``y`` in the posterior term (Hinton, Vinyals
+                & Dean, "Distilling the Knowledge in a Neural Network", 2015).
+
+        Returns:
+            Objective (B,) in nats.
         """
         if not posterior_weight:
             return self.log_prob(x, y)
+
         z, ladj = self.encode(x)
         temperature = (self.gaussians.separation() / TYPICAL_GAP).clamp(min=1)
         posterior = self.gaussians.log_posterior(z, y if soft is None else soft, temperature)
         return self.gaussians.log_prob(z, y) + ladj + posterior_weight * self.dim * posterior
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """``log p(x, y)`` (B, K) for every class under a uniform prior; its argmax classifies ("NF-Acc")."""
+        """Compute the joint log-density of events and every class, under a uniform prior over the classes.
+
+        The class with the largest value is the prediction of the flow; its accuracy is "NF-Acc" in the papers.
+
+        Args:
+            x: events (B, *event_shape).
+
+        Returns:
+            ``log p(x, y)`` (B, K) in nats.
+        """
         z, ladj = self.encode(x)
         return self.gaussians.log_joint(z) + ladj[:, None]
 
     @torch.no_grad()
     def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one event per label ``y`` (B,), images within [0, 1]; ``temperature`` scales the covariance."""
+        """Draw one event per label.
+
+        Args:
+            y: labels (B,).
+            temperature: factor on the covariance of the class Gaussians, at least 0.
+            generator: random generator; None uses the global one.
+
+        Returns:
+            Events (B, *event_shape). Images are clamped to [0, 1].
+        """
         x = self.decode(self.gaussians.sample(y, temperature, generator))
         return x.clamp(0, 1) if len(self.event_shape) == 3 else x
 
     def dequantise(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Add the noise of this flow's grey levels to images (B, C, H, W); see ``flowaug.pixels``."""
+        """Add dequantisation noise for the grey levels of this flow; see ``flowaug.pixels.dequantise``."""
         return dequantise(x, self.grey_levels, generator)
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:
-        """Convert ``log_prob`` in nats of *dequantised* images into bits per dimension."""
+        """Convert log-densities of *dequantised* images, in nats, to bits per dimension."""
         return bits_per_dim(log_prob, self.dim, self.grey_levels)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Set the data-dependent parameters from a batch of dequantised images (B, C, H, W), or vectors (B, D)."""
-        self._check(x, self.event_shape, f"{self._events} of")
+        """Initialise the data-dependent parameters from a batch.
+
+        Args:
+            x: dequantised images (B, C, H, W) in [0, 1], or vectors (B, D); at least 2.
+
+        Raises:
+            ValueError: for a wrong shape, fewer than 2 examples, non-finite values or pixel values out of range.
+            TypeError: for a wrong dtype.
+        """
+        self._check(x, self.event_shape, f"{self._event_description} of")
         self._check_values(x)
         self.bijection.initialise(x)
 
     def freeze(self, conditioner_dtype: torch.dtype | None = None, compiled: bool = False) -> "Flow":
-        """A copy in inference form: the same values, sooner; it cannot be trained or saved. A frozen flow stays itself.
+        """Return a copy optimised for inference: same outputs, faster, but it cannot be trained or saved.
 
         Args:
-            conditioner_dtype: dtype to run the conditioners in, for example ``torch.bfloat16``; None for the flow's.
-            compiled: compile the steps with ``torch.compile`` when they are first used.
+            conditioner_dtype: dtype in which the conditioners run, for example ``torch.bfloat16``; None for the dtype
+                of the flow.
+            compiled: compile the steps with ``torch.compile`` at their first use.
+
+        Returns:
+            The frozen copy; ``self`` if this flow is already frozen.
         """
         if self.frozen:
             return self
+
         bijection = freeze(self.bijection, conditioner_dtype, compiled)
         frozen = Flow(bijection, copy.deepcopy(self.gaussians), self.event_shape, self.grey_levels, self.config)
-        frozen.class_names, frozen.frozen = self.class_names, True
+        frozen.class_names = self.class_names
+        frozen.frozen = True
         return frozen.eval().requires_grad_(False)
 
     def set_training_form(
-        self, conditioner_dtype: torch.dtype | None = None, recompute: bool = False, compiled: bool = False
+        self, conditioner_dtype: torch.dtype | None = None, grad_checkpointing: bool = False, compiled: bool = False
     ) -> "Flow":
-        """Choose how conditioners run in training, in place.
+        """Choose how the conditioners run in training, in place.
 
         Args:
-            conditioner_dtype: dtype to run them in, for example ``torch.bfloat16``; None for the flow's.
-            recompute: run them again in the backward pass instead of keeping their activations: gradients are the
-                same, memory falls to a fraction, a step takes about a third longer.
-            compiled: compile them with ``torch.compile`` when they are first used.
+            conditioner_dtype: dtype in which they run, for example ``torch.bfloat16``; None for the dtype of the flow.
+            grad_checkpointing: recompute their activations in the backward pass instead of saving them. The gradients
+                are the same. It needs a fraction of the memory and makes a step about a third slower.
+            compiled: compile the couplings with ``torch.compile`` at their first use.
+
+        Returns:
+            ``self``.
         """
         for module in self.modules():
-            if isinstance(module, Conditioned):
-                module.conditioner_dtype, module.recompute = conditioner_dtype, recompute
+            if isinstance(module, ConditionedBijection):
+                module.conditioner_dtype = conditioner_dtype
+                module.grad_checkpointing = grad_checkpointing
                 if compiled:
                     module.compile()
         return self
 
     @property
-    def _largest(self) -> float:
-        return 1 + 0.5 / (self.grey_levels - 1) + ROUNDING  # a dequantised pixel leaves [0, 1] by half a cell
+    def _max_magnitude(self) -> float:
+        return 1 + 0.5 / (self.grey_levels - 1) + ROUNDING  # a dequantised pixel can leave [0, 1] by half a cell
 
     def _check_values(self, x: Tensor) -> None:
         if len(x) < 2:
             raise ValueError(
-                f"initialise takes means and variances over a batch; got {len(x)} examples, pass 2 or more"
+                f"initialise computes means and variances over a batch; got {len(x)} examples, pass 2 or more"
             )
         if not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-            raise ValueError(f"{bad} of the {len(x)} {self._events} to initialise on hold NaN or infinite values")
-        if len(self.event_shape) == 3 and x.abs().max() > self._largest:  # vectors may have any scale
             raise ValueError(
-                f"the images to initialise on run from {x.min():.3g} to {x.max():.3g}; expected pixels in [0, 1] (or "
-                "latents of an autoencoder scaled to [−1, 1]): divide 8-bit pixels by 255, undo a normalisation"
+                f"{bad} of the {len(x)} {self._event_description} passed to initialise contain NaN or infinite values; "
+                "remove them or correct the preprocessing"
+            )
+        if len(self.event_shape) == 3 and x.abs().max() > self._max_magnitude:  # vectors may have any scale
+            raise ValueError(
+                f"the images passed to initialise have values from {x.min():.3g} to {x.max():.3g}; expected pixels in "
+                "[0, 1] or autoencoder latents scaled to [−1, 1]; divide 8-bit pixels by 255 and undo any normalisation"
             )

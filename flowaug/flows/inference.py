@@ -1,7 +1,9 @@
-"""The inference form of a flow: whatever does not depend on the input is computed once.
+"""Conversion of a trained flow for inference: everything that does not depend on the input is computed once.
 
-Gains are folded into convolutions, matrix exponentials and inverses are formed both ways, an ActNorm and the 1×1
-convolution after it become one affine map, and all log-determinants that are constants become one number per step.
+* Gains are multiplied into the weights of their convolutions.
+* The matrices of 1×1 convolutions and their inverses are computed once.
+* An ActNorm and the 1×1 convolution after it become one affine map.
+* The log-determinants of a step that do not depend on the input become one constant.
 """
 
 import copy
@@ -12,25 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowaug.flows.bijections import ActNorm, Bijection, Chain, Coupling
-from flowaug.flows.bijections.base import Conditioned, Piecewise
+from flowaug.flows.bijections.base import Chunked, ConditionedBijection
 from flowaug.flows.bijections.linear import Conv1x1, apply_matrix
 from flowaug.flows.networks import ScaledConv2d
 
-ROOM = 2  # times as large pieces where they are compiled: fused elementwise work passes through memory less often
-RECOMPILE_LIMIT = 64  # levels times powers of two; each is compiled once
+# Compiled chunks are this much larger: fused elementwise operations read and write memory less often.
+COMPILED_CHUNK_FACTOR = 2
+RECOMPILE_LIMIT = 64  # compiled variants of a step: one per level and chunk size, which is a power of two
 
 
 class FixedMatrix(Bijection):
-    """``z = W (scale · x + offset)`` per pixel, with constants: an ActNorm and the 1×1 convolution after it.
+    """An ActNorm and the 1×1 convolution after it, as one map ``z = W (scale · x + offset)`` with constants.
 
     Args:
         norm: the ActNorm.
-        conv: the convolution, of the same channels.
+        conv: the 1×1 convolution, with the same number of channels.
     """
 
     def __init__(self, norm: ActNorm, conv: Conv1x1):
         super().__init__()
-        log_scale, matrix = norm.bounded_log_scale(), conv.matrix()
+        log_scale = norm.bounded_log_scale()
+        matrix = conv.matrix()
         pixels = norm.repeats * log_scale.numel() // len(matrix)
         self.register_buffer("scale", log_scale.exp())
         self.register_buffer("offset", -norm.shift * self.scale)
@@ -42,45 +46,47 @@ class FixedMatrix(Bijection):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to the same shape."""
-        return apply_matrix(self.matrix, torch.addcmul(self.offset, x, self.scale)), self.ladj.expand(x.shape[0])
+        z = apply_matrix(self.matrix, torch.addcmul(self.offset, x, self.scale))
+        return z, self.ladj.expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Undo."""
+        """Map (B, C, H, W) back to ``x``."""
         return torch.addcmul(self.shift, apply_matrix(self.inverse_matrix, z), self.unscale)
 
 
-class FixedStep(Piecewise):
-    """A fixed matrix and the coupling after it, one piece of the batch at a time.
+class FixedStep(Chunked):
+    """A ``FixedMatrix`` and the coupling after it, run chunk by chunk.
 
     Args:
-        matrix: comes first.
-        coupling: decides about the pieces.
+        matrix: the affine map, applied first.
+        coupling: the coupling; it determines the chunk size.
     """
 
     def __init__(self, matrix: FixedMatrix, coupling: Coupling):
         super().__init__()
-        self.matrix, self.coupling = matrix, coupling
+        self.matrix = matrix
+        self.coupling = coupling
 
-    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Those of the coupling."""
-        return self.coupling.pieces(x)
+    def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Split a batch into the chunks of the coupling."""
+        return self.coupling.chunks(x)
 
-    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_chunk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to the same shape."""
-        x, ladj = self.matrix(x)
-        z, more = self.coupling.forward_piece(x)
-        return z, ladj + more
+        x, matrix_ladj = self.matrix(x)
+        z, coupling_ladj = self.coupling.forward_chunk(x)
+        return z, matrix_ladj + coupling_ladj
 
-    def inverse_piece(self, z: Tensor) -> Tensor:
-        """Undo."""
-        return self.matrix.inverse(self.coupling.inverse_piece(z))
+    def inverse_chunk(self, z: Tensor) -> Tensor:
+        """Map (B, C, H, W) back to ``x``."""
+        return self.matrix.inverse(self.coupling.inverse_chunk(z))
 
 
 class FoldedConv2d(nn.Module):
-    """A convolution whose gain is in its weights.
+    """Convolution with the gain multiplied into its weights.
 
     Args:
-        conv: the convolution with a gain.
+        conv: the convolution with a separate gain.
     """
 
     def __init__(self, conv: ScaledConv2d):
@@ -96,69 +102,78 @@ class FoldedConv2d(nn.Module):
 
 @torch.no_grad()
 def freeze(bijection: Bijection, conditioner_dtype: torch.dtype | None = None, compiled: bool = False) -> Bijection:
-    """A copy of a bijection that computes the same, faster, and cannot be trained.
+    """Return a copy of a bijection optimised for inference: same outputs, faster, not trainable.
 
     Args:
-        bijection: left as it is.
-        conditioner_dtype: dtype to run the conditioners in, None for that of their parameters.
-        compiled: compile every step with ``torch.compile``, when it is first used.
+        bijection: the bijection; it is not changed.
+        conditioner_dtype: dtype in which the conditioners run; None for the dtype of their parameters.
+        compiled: compile every step with ``torch.compile`` at its first use.
+
+    Returns:
+        The copy, in eval mode and without gradients.
     """
     bijection = copy.deepcopy(bijection).requires_grad_(False).eval()
     for module in list(bijection.modules()):
-        if isinstance(module, Conditioned):
+        if isinstance(module, ConditionedBijection):
             _freeze_conditioner(module, conditioner_dtype)
         if isinstance(module, Chain):
-            module.bijections = nn.ModuleList(_fused(module.bijections))
+            module.bijections = nn.ModuleList(_fuse_steps(module.bijections))
             if compiled:
-                _compile(module)
+                _compile_chunks(module)
     return bijection
 
 
-def _freeze_conditioner(coupling: Conditioned, dtype: torch.dtype | None) -> None:
-    coupling.conditioner_dtype, coupling.recompute = dtype, False
+def _freeze_conditioner(coupling: ConditionedBijection, dtype: torch.dtype | None) -> None:
+    coupling.conditioner_dtype = dtype
+    coupling.grad_checkpointing = False
     for module in list(coupling.conditioner.modules()):
         for name, child in module.named_children():
             if isinstance(child, ScaledConv2d):
                 setattr(module, name, FoldedConv2d(child))
+
     coupling.conditioner.to(dtype)
     for module in coupling.modules():
-        if hasattr(module, "tighten"):
-            module.tighten()
+        if hasattr(module, "shrink_norm_bound"):
+            module.shrink_norm_bound()
 
 
-def _compile(chain: Chain) -> None:
+def _compile_chunks(chain: Chain) -> None:
+    """Compile, in place, the functions that process one chunk."""
     for bijection in chain.bijections:
         if isinstance(bijection, FixedStep):
-            bijection.coupling.cache *= ROOM
-        if isinstance(bijection, Piecewise):
-            bijection.forward_piece = _compiled(bijection.forward_piece)
-            bijection.inverse_piece = _compiled(bijection.inverse_piece)
+            bijection.coupling.cache *= COMPILED_CHUNK_FACTOR
+        if isinstance(bijection, Chunked):
+            bijection.forward_chunk = _compile_padded(bijection.forward_chunk)
+            bijection.inverse_chunk = _compile_padded(bijection.inverse_chunk)
 
 
-def _compiled(function: Callable) -> Callable:
-    """``torch.compile`` for fixed shapes: the batch is filled up to a power of two, so that few shapes arise."""
-    compiled = torch.compile(function, dynamic=False, options=_fused_products())
+def _compile_padded(function: Callable) -> Callable:
+    """Compile a function of a batch for static shapes.
+
+    The batch is padded to a power of two, so that the function is compiled for few batch sizes.
+    """
+    compiled = torch.compile(function, dynamic=False, options=_fused_multiply_add())
 
     def call(x: Tensor):
         missing = (1 << (len(x) - 1).bit_length()) - len(x)
-        filled = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
+        padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            out = compiled(filled)
-        return out[: len(x)] if isinstance(out, Tensor) else tuple(part[: len(x)] for part in out)
+            out = compiled(padded)
+        return out[: len(x)] if isinstance(out, Tensor) else tuple(tensor[: len(x)] for tensor in out)
 
     return call
 
 
-def _fused_products() -> dict[str, str]:
-    """Compiler option: a product and the sum it goes into are one instruction; nothing where the user set another."""
-    from torch._inductor import config  # takes a second, and only compiled flows need it
+def _fused_multiply_add() -> dict[str, str]:
+    """Return the compiler options that enable fused multiply-add, or none if the user changed the setting."""
+    from torch._inductor import config  # slow to import, and only compiled flows need it
 
     name = "enable_floating_point_contract_flag"
     return {f"cpp.{name}": "fast"} if getattr(config.cpp, name, None) == "off" else {}
 
 
-def _fused(bijections: Iterable[Bijection]) -> list[Bijection]:
-    """The same map with every ActNorm merged into the 1×1 convolution after it, both into a step with the coupling."""
+def _fuse_steps(bijections: Iterable[Bijection]) -> list[Bijection]:
+    """Merge every ActNorm with the 1×1 convolution after it, and both with the coupling after them."""
     out: list[Bijection] = []
     for bijection in bijections:
         if isinstance(bijection, Conv1x1) and out and isinstance(out[-1], ActNorm):

@@ -1,7 +1,7 @@
-"""Conditioner networks: plain networks that know nothing of flows.
+"""Conditioner networks: ordinary networks, independent of flows.
 
-Each is built as ``network(in_channels, out_channels, **sizes)``, starts with output 0, and has ``initialise(x)`` where
-it has data-dependent parameters.
+A conditioner is built as ``network(in_channels, out_channels, **sizes)``. Its output is 0 at initialisation. If some of
+its parameters are initialised on data, it has a method ``initialise(x)``.
 """
 
 import torch
@@ -10,25 +10,37 @@ from torch import Tensor, nn
 
 from flowaug.flows.activations import elu
 
-LINEAR_BACKEND = "onednn"  # float32 on a CPU: by oneDNN's 1×1 convolution, on AMD up to twice as fast as "blas"
+# Backend of float32 linear layers on a CPU. "onednn" runs them as 1×1 convolutions of oneDNN, which is up to twice as
+# fast as "blas" on AMD processors.
+LINEAR_BACKEND = "onednn"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x Wᵀ + b``, (B, n, in) to (B, n, out), in the dtype of ``x``: the one place that chooses who multiplies."""
+    """Compute ``x Wᵀ + b`` in the dtype of ``x``, with the backend ``LINEAR_BACKEND``.
+
+    Args:
+        x: tokens (B, n, in).
+        weight: weights (out, in).
+        bias: bias (out,).
+
+    Returns:
+        Tokens (B, n, out).
+    """
     weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     if LINEAR_BACKEND == "onednn" and x.device.type == "cpu" and x.dtype == torch.float32:
-        pixels = x[:, :, None].permute(0, 3, 1, 2)  # (B, in, n, 1) in channels-last memory: a view, as is the way back
+        # Both permutations are views: (B, in, n, 1) in channels-last memory is (B, n, in) in contiguous memory.
+        pixels = x[:, :, None].permute(0, 3, 1, 2)
         return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[:, :, 0]
     return F.linear(x, weight, bias)
 
 
 class Linear(nn.Module):
-    """Linear layer on tokens, with weights of standard deviation ``1/√in``.
+    """Linear layer on tokens, initialised with weights of standard deviation ``1/√in``.
 
     Args:
-        in_features: size of the input.
-        out_features: size of the output.
-        zero: start with weights 0.
+        in_features: size of an input token.
+        out_features: size of an output token.
+        zero: initialise the weights with 0.
     """
 
     def __init__(self, in_features: int, out_features: int, zero: bool = False):
@@ -46,15 +58,20 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017).
 
     Args:
-        width: size of a token.
-        heads: number of heads; divides ``width``.
-        zero: start with output 0.
+        width: size of a token; a multiple of ``heads``.
+        heads: number of heads.
+        zero: initialise the output projection with 0.
+
+    Raises:
+        ValueError: if ``heads`` is below 1 or does not divide ``width``.
     """
 
     def __init__(self, width: int, heads: int, zero: bool = False):
         super().__init__()
         if heads < 1 or width % heads:
-            raise ValueError(f"attention of width {width} cannot have {heads} heads; the heads must divide the width")
+            raise ValueError(
+                f"attention of width {width} cannot have {heads} heads; the number of heads must divide the width"
+            )
         self.heads = heads
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width, zero=zero)
@@ -66,10 +83,12 @@ class SelfAttention(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """``x + attention(norm(x))`` over all pixels of an image; starts as the identity.
+    """Residual self-attention over all pixels of an image, ``x + attention(norm(x))``.
+
+    It is the identity at initialisation.
 
     Args:
-        channels: number of channels, kept; a multiple of ``heads``.
+        channels: number of input and output channels; a multiple of ``heads``.
         heads: number of heads.
     """
 
@@ -85,7 +104,7 @@ class PixelAttention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer block: attention, then a perceptron four times as wide, each added to its input.
+    """Pre-norm transformer block: self-attention, then an MLP of four times the width, both with a skip connection.
 
     Args:
         width: size of a token.
@@ -94,9 +113,11 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
-        self.up, self.down = Linear(width, 4 * width), Linear(4 * width, width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, n, width) to the same shape."""
@@ -108,10 +129,10 @@ class TransformerConditioner(nn.Module):
     """Vision transformer of the Jet coupling (Kolesnikov et al. 2024; Dosovitskiy et al. 2021).
 
     Args:
-        in_channels: entries of an input token.
-        out_channels: entries of an output token; they start at 0.
+        in_channels: size of an input token.
+        out_channels: size of an output token; the output is 0 at initialisation.
         tokens: number of tokens n.
-        width: size of a token inside.
+        width: size of a token inside the network.
         depth: number of encoder blocks.
         heads: number of heads.
     """
@@ -130,15 +151,15 @@ class TransformerConditioner(nn.Module):
 
 
 class ScaledConv2d(nn.Module):
-    """Convolution with a gain and a bias per output channel, initialised on data.
+    """Convolution with a gain and a bias per output channel, initialised on data: ``y = gain · (w ∗ x) + bias``.
 
-    ``y = gain · (w ∗ x) + bias``. The gain multiplies the weights, not the activations: it costs nothing per pixel.
+    The gain is multiplied into the weights, not the activations, so it adds no cost per pixel.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: 1 or 3; the spatial size is kept.
-        zero: start with gain 0, so that the output is 0 whatever comes in.
+        kernel_size: 1 or 3; padding preserves the spatial size.
+        zero: initialise the gain with 0, so that the output is 0 for every input.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, zero: bool = False):
@@ -152,7 +173,7 @@ class ScaledConv2d(nn.Module):
         self.zero = zero
 
     def scaled_weight(self) -> Tensor:
-        """Weights with the gain folded in, (out, in, k, k)."""
+        """Return the weights (out, in, k, k), multiplied by the gain."""
         return self.weight * self.gain[:, None, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +182,16 @@ class ScaledConv2d(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Tensor:
-        """Set gain and bias so that the outputs on ``x`` have mean 0 and variance 1 (Salimans & Kingma 2016)."""
+        """Set gain and bias so that the outputs on ``x`` have mean 0 and variance 1 per channel.
+
+        With ``zero=True`` the parameters are left unchanged. Source: Salimans & Kingma, "Weight Normalization", 2016.
+
+        Args:
+            x: images (B, in, H, W).
+
+        Returns:
+            The output (B, out, H, W) on ``x``.
+        """
         if not self.zero:
             raw = F.conv2d(x, self.weight, padding=self.padding)
             variance, mean = torch.var_mean(raw, (0, 2, 3), correction=0)
@@ -171,10 +201,12 @@ class ScaledConv2d(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """``x + conv3(ELU(conv1(ELU(conv3(ELU(x))))))``; starts as the identity.
+    """Pre-activation residual block with convolutions of size 3, 1 and 3, each after an ELU.
+
+    It is the identity at initialisation.
 
     Args:
-        channels: width, kept.
+        channels: number of input, hidden and output channels.
     """
 
     def __init__(self, channels: int):
@@ -190,21 +222,23 @@ class ResidualBlock(nn.Module):
         return x + self.conv3(elu(h))
 
     def initialise(self, x: Tensor) -> Tensor:
-        """Data-dependent initialisation; returns the output on ``x``."""
+        """Initialise the parameters on ``x`` (B, C, H, W) and return the output on ``x``."""
         h = self.conv1.initialise(elu(x))
         h = self.conv2.initialise(elu(h))
         return x + self.conv3.initialise(elu(h))
 
 
 class ConvConditioner(nn.Module):
-    """Residual network of the MEF coupling (Xiao & Liu, ICML 2020): conv, ``blocks`` residual blocks, conv.
+    """Residual network of the MEF coupling: convolution, residual blocks, convolution.
+
+    Source: Xiao & Liu, "Generative Flows with Matrix Exponential", ICML 2020.
 
     Args:
-        in_channels: channels of the half that conditions.
-        out_channels: number of raw transformation parameters per pixel; they start at 0.
-        hidden: width.
+        in_channels: channels of the conditioning half.
+        out_channels: number of raw transformation parameters per pixel; the output is 0 at initialisation.
+        hidden: number of hidden channels.
         blocks: number of residual blocks.
-        attention: let the pixels attend to each other between the last block and the head.
+        attention: apply self-attention over the pixels between the last block and the last convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int, blocks: int, attention: bool = False):
@@ -220,29 +254,33 @@ class ConvConditioner(nn.Module):
         return self.head(elu(self.attention(self.blocks(self.stem(x)))))
 
     def initialise(self, x: Tensor) -> Tensor:
-        """Data-dependent initialisation; returns the output on ``x``."""
+        """Initialise the parameters on ``x`` (B, in, H, W) and return the output on ``x``."""
         h = self.stem.initialise(x)
         for block in self.blocks:
             h = block.initialise(h)
+
         return self.head.initialise(elu(self.attention(h)))
 
 
 class PlainConditioner(nn.Module):
-    """Convolutions with ReLU between them. With 1×1 kernels, on a 1×1 image, that is a multilayer perceptron.
+    """Convolutions with ReLU between them.
+
+    With 1×1 kernels on a 1×1 image this is a multilayer perceptron.
 
     Args:
-        in_channels: channels of the half that conditions.
-        out_channels: number of raw transformation parameters per pixel; they start at 0.
-        hidden: width.
-        kernels: size of each kernel; (3, 1, 3) is Glow's network (Kingma & Dhariwal 2018, Section 4).
+        in_channels: channels of the conditioning half.
+        out_channels: number of raw transformation parameters per pixel; the output is 0 at initialisation.
+        hidden: number of hidden channels.
+        kernels: size of each kernel; (3, 1, 3) is the network of Glow (Kingma & Dhariwal 2018, Section 4).
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int, kernels: tuple[int, ...]):
         super().__init__()
         self.hidden = hidden
         widths = [in_channels] + [hidden] * (len(kernels) - 1)
-        layers = [ScaledConv2d(a, hidden, k) for a, k in zip(widths[:-1], kernels[:-1], strict=True)]
-        self.layers = nn.ModuleList([*layers, ScaledConv2d(widths[-1], out_channels, kernels[-1], zero=True)])
+        layers = [ScaledConv2d(width, hidden, kernel) for width, kernel in zip(widths[:-1], kernels[:-1], strict=True)]
+        head = ScaledConv2d(widths[-1], out_channels, kernels[-1], zero=True)
+        self.layers = nn.ModuleList([*layers, head])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in, H, W) to (B, out, H, W)."""
@@ -251,7 +289,7 @@ class PlainConditioner(nn.Module):
         return self.layers[-1](x)
 
     def initialise(self, x: Tensor) -> Tensor:
-        """Data-dependent initialisation; returns the output on ``x``."""
+        """Initialise the parameters on ``x`` (B, in, H, W) and return the output on ``x``."""
         for layer in self.layers[:-1]:
             x = F.relu(layer.initialise(x))
         return self.layers[-1].initialise(x)

@@ -1,4 +1,4 @@
-"""The contract of a bijection, one table for all: exact inverse, exact log-determinant, independent examples."""
+"""Tests of all bijections: the inverse and the log-determinant are exact, and examples are independent."""
 
 import math
 from functools import partial
@@ -70,7 +70,7 @@ CASES = {
 
 
 def randomised(build, seed: int = 0):
-    """A fresh coupling is the identity, for which these tests would be empty."""
+    """Build a bijection with random parameters: the initial ones make a coupling the identity and the tests trivial."""
     torch.manual_seed(seed)
     bijection = build().double()
     for parameter in bijection.parameters():
@@ -94,14 +94,14 @@ def test_forward_undoes_inverse(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ladj_is_that_of_the_jacobian(name):
+def test_ladj_equals_that_of_the_jacobian(name):
     build, shape = CASES[name]
     bijection, x = randomised(build), torch.randn(2, *shape, dtype=torch.float64)
     torch.testing.assert_close(bijection(x)[1], jacobian_ladj(bijection, x), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_examples_do_not_influence_each_other(name):
+def test_examples_are_independent(name):
     build, shape = CASES[name]
     bijection, x = randomised(build), torch.randn(3, *shape, dtype=torch.float64)
     other = x.clone()
@@ -115,12 +115,12 @@ def test_initialise_returns_forward(name):
     bijection, x = randomised(build), torch.randn(16, *shape, dtype=torch.float64)
     result = bijection.initialise(x)
     expected = bijection(x)[0]
-    if name != "multiscale":  # which returns what its last level keeps
+    if name != "multiscale":  # its initialise returns an empty tensor
         torch.testing.assert_close(result, expected)
     assert torch.isfinite(expected).all()
 
 
-def test_actnorm_normalises_and_survives_constant_pixels():
+def test_actnorm_normalises_and_handles_constant_pixels():
     x = torch.randn(256, 1, 2, 2) * 3 + 5
     x[:, 0, 0, 0] = 0.25
     norm = ActNorm((1, 2, 2))
@@ -131,7 +131,7 @@ def test_actnorm_normalises_and_survives_constant_pixels():
     torch.testing.assert_close(norm.inverse(norm(x)[0]), x)
 
 
-def test_actnorm_stays_finite_however_far_an_optimiser_drives_it():
+def test_actnorm_stays_finite_for_extreme_parameters():
     norm = ActNorm((1, 2, 2))
     norm.log_scale.data = torch.tensor([[[1e6, -1e6], [0.0, 5.0]]])
     z, ladj = norm(torch.ones(2, 1, 2, 2))
@@ -140,14 +140,14 @@ def test_actnorm_stays_finite_however_far_an_optimiser_drives_it():
     assert torch.isfinite(norm.inverse(z)).all()
 
 
-def test_expm_is_scipys():
+def test_expm_equals_scipy():
     from scipy.linalg import expm as literal
 
     m = 2 * torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(expm(m), torch.from_numpy(literal(m.numpy())), rtol=1e-11, atol=1e-11)
 
 
-def test_expm_action_at_the_largest_norm_allowed():
+def test_expm_action_at_the_largest_allowed_norm():
     s = torch.randn(64, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     s = 2.0 * s / s.abs().sum(-1).amax(-1)[:, None, None]
     x = torch.ones(64, 5, 1, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_expm_action_at_the_largest_norm_allowed():
     torch.testing.assert_close(single.double(), torch.matrix_exp(s) @ x, rtol=2e-6, atol=2e-6)
 
 
-def test_low_rank_form_is_the_exponential_of_the_product():
+def test_low_rank_transform_equals_the_exponential_of_the_product():
     torch.manual_seed(3)
     transform = LowRankExpTransform(30).double()
     raw = torch.randn(1, transform.num_raw, 1, 1, dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_low_rank_form_is_the_exponential_of_the_product():
     torch.testing.assert_close(transform(x, raw)[0][0, :, 0], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_matrices_stay_bounded_whatever_the_conditioner_says():
+def test_matrices_stay_bounded_for_extreme_conditioner_outputs():
     transform = MatrixExpTransform(6)
     transform.matrix.rescale.data.fill_(1e6)
     transform.matrix.reshift.data.fill_(-1e6)
@@ -174,7 +174,7 @@ def test_matrices_stay_bounded_whatever_the_conditioner_says():
     assert s.abs().sum(-1).max() <= 2.0 + 1e-5
 
 
-def test_rotation_start_keeps_volume_and_length():
+def test_conv1x1_is_initialised_with_a_rotation():
     conv = InvertibleConv1x1(8)
     x = torch.randn(4, 8, 2, 2)
     z, ladj = conv(x)
@@ -183,18 +183,18 @@ def test_rotation_start_keeps_volume_and_length():
     assert math.isclose(torch.linalg.det(expm(conv.log_weight)).item(), 1, abs_tol=1e-6)
 
 
-def test_plu_starts_as_a_rotation_and_is_the_product_of_its_factors():
+def test_plu_is_initialised_with_a_rotation_and_uses_only_the_triangles():
     conv = PLUConv1x1(8)
     x = torch.randn(4, 8, 2, 2)
     z, ladj = conv(x)
     torch.testing.assert_close(z.norm(), x.norm())
     torch.testing.assert_close(ladj, torch.zeros(4), atol=1e-5, rtol=0)
-    conv.lower.data += torch.ones(8, 8)  # what lies outside of the triangles is not used
+    conv.lower.data += torch.ones(8, 8)  # entries outside of the triangles are not used
     conv.upper.data += torch.ones(8, 8)
     torch.testing.assert_close(conv.inverse(conv(x)[0]), x, atol=1e-4, rtol=0)
 
 
-def test_patterns_are_the_three_of_the_paper():
+def test_patterns_match_the_paper():
     masks = {p: pattern_mask((2, 4), p).view(2, 4).int().tolist() for p in PATTERNS}
     assert masks["checkerboard"] == [[1, 0, 1, 0], [0, 1, 0, 1]]
     assert masks["columns"] == [[1, 0, 1, 0], [1, 0, 1, 0]]
@@ -202,7 +202,7 @@ def test_patterns_are_the_three_of_the_paper():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_spatial_coupling_leaves_the_tokens_of_its_pattern_alone(pattern):
+def test_spatial_coupling_does_not_change_the_tokens_of_its_pattern(pattern):
     coupling, x = randomised(lambda: spatial(pattern)), torch.randn(2, 6, 4, dtype=torch.float64)
     kept = pattern_mask((3, 2) if pattern == "columns" else (2, 3), pattern)
     z = coupling(x)[0]
@@ -210,14 +210,14 @@ def test_spatial_coupling_leaves_the_tokens_of_its_pattern_alone(pattern):
     assert (z[:, ~kept] != x[:, ~kept]).all()
 
 
-def test_patches_hold_their_own_pixels():
+def test_patchify_groups_the_pixels_of_a_patch():
     x = torch.arange(16.0).view(1, 1, 4, 4)
     tokens = Patchify((1, 4, 4), 2)(x)[0]
     assert tokens[0].sort(1).values.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
-def test_saturated_scales_decode_safely():
-    """A conditioner that says s = −1e4 would make the inverse divide by 0."""
+def test_saturated_scales_are_invertible():
+    """Without a bound, s = −1e4 would make the inverse divide by 0."""
     coupling = randomised(lambda: TokenCoupling(torch.randperm(4), 2, VIT, (6, 4)))
     coupling.conditioner.head.bias.data.fill_(-1e4)
     coupling.conditioner.head.bias.data[:2] = 0
@@ -238,7 +238,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_start_at_zero_and_move_at_once(name):
+def test_networks_are_initialised_with_output_zero_and_nonzero_gradients(name):
     make, shape = NETWORKS[name]
     network, x = make(3, 5), torch.randn(2, *shape)
     out = network(x)
@@ -247,7 +247,7 @@ def test_networks_start_at_zero_and_move_at_once(name):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
-def test_pixel_attention_starts_as_the_identity_and_reaches_every_pixel():
+def test_pixel_attention_is_initialised_as_the_identity_and_attends_to_every_pixel():
     attention, x = conditioners.PixelAttention(8).double(), torch.randn(1, 8, 3, 2, dtype=torch.float64)
     assert torch.equal(attention(x), x)
     attention.attention.out.weight.data.normal_()
@@ -255,7 +255,7 @@ def test_pixel_attention_starts_as_the_identity_and_reaches_every_pixel():
     assert (jacobian.abs().sum((0, 1)) > 1e-6).all()
 
 
-def test_attention_is_that_of_torch():
+def test_attention_equals_that_of_torch():
     ours = conditioners.SelfAttention(8, 2).double()
     theirs = torch.nn.MultiheadAttention(8, 2, batch_first=True).double()
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data.normal_()

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flowaug import load_flow, load_pca, save_flow
-from flowaug.files import write_atomic
 from flowaug.flows.checkpoint import CONFIG, PCA, WEIGHTS
 from flowaug.training.resume import load_state, save_state
 from tests.conftest import make_flow
@@ -54,27 +53,18 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "error", "message"), DAMAGES)
-def test_damage_is_named(folder, damage, error, message):
+def test_damaged_checkpoint_is_reported(folder, damage, error, message):
     damage(folder)
     with pytest.raises(error, match=message):
         load_flow(folder)
 
 
-def test_unknown_name_lists_what_there_is():
+def test_unknown_name_is_reported_with_the_expected_sources():
     with pytest.raises(FileNotFoundError, match="bundled name"):
         load_flow("no_such_flow")
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match=r"No space left on device.*free some space"):
-        write_atomic(path, b"new")
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
-
-
-def test_state_round_trip_to_the_bit(tmp_path):
+def test_training_state_round_trip_is_exact(tmp_path):
     state = {
         "step": 3,
         "lr": 0.1 + 0.2,
@@ -87,7 +77,7 @@ def test_state_round_trip_to_the_bit(tmp_path):
     assert loaded == state
 
 
-def test_truncated_state_is_named(tmp_path):
+def test_truncated_training_state_is_reported(tmp_path):
     save_state(tmp_path / "s.safetensors", {"m": torch.rand(100)})
     truncate(tmp_path, "s.safetensors")
     with pytest.raises(ValueError, match="not a readable training state"):

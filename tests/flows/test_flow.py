@@ -10,7 +10,7 @@ SMALL = {"steps": 2, "blocks": (1,), "hidden": 8}
 
 
 def small_flow(name="mef_tiny", shape=(1, 4, 8), num_classes=3, seed=0, **overrides):
-    """A flow with random parameters and random class Gaussians, in float64."""
+    """Create a flow with random parameters and random class Gaussians, in float64."""
     flow = create_flow(name, event_shape=shape, num_classes=num_classes, **(SMALL | overrides)).double()
     generator = torch.Generator().manual_seed(seed)
     for p in flow.parameters():
@@ -20,7 +20,7 @@ def small_flow(name="mef_tiny", shape=(1, 4, 8), num_classes=3, seed=0, **overri
     return flow
 
 
-def test_joint_prob_and_posterior_agree():
+def test_log_joint_and_log_prob_agree():
     flow, x = small_flow(), torch.rand(5, 1, 4, 8, dtype=torch.float64)
     joint = flow.log_joint(x)
     given = torch.stack([flow.log_prob(x, torch.full((5,), k)) for k in range(3)], 1)
@@ -28,14 +28,14 @@ def test_joint_prob_and_posterior_agree():
     torch.testing.assert_close(flow.log_prob(x), joint.logsumexp(1))
 
 
-def test_hybrid_objective_is_likelihood_and_tempered_posterior():
+def test_hybrid_objective_is_likelihood_plus_tempered_posterior():
     flow, x, y = small_flow(), torch.rand(5, 1, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
     posterior = (flow.log_joint(x) / (flow.gaussians.separation() / 10)).log_softmax(1)[range(5), y]
     torch.testing.assert_close(flow(x, y, 0.5), flow.log_prob(x, y) + 0.5 * flow.dim * posterior)
     assert torch.equal(flow(x, y), flow.log_prob(x, y))
 
 
-def test_a_teacher_replaces_the_labels_of_the_posterior_only():
+def test_teacher_replaces_the_labels_in_the_posterior_only():
     flow, x, y = small_flow(), torch.rand(5, 1, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
     others = (y + 1) % 3
     taught = flow(x, y, 0.5, torch.nn.functional.one_hot(others, 3).double())
@@ -43,7 +43,7 @@ def test_a_teacher_replaces_the_labels_of_the_posterior_only():
 
 
 def test_hybrid_objective_before_the_class_gaussians_are_set():
-    """All classes are alike: the posterior is uniform and has no gradient."""
+    """All class Gaussians are equal, so the posterior is uniform and has no gradient."""
     flow = create_flow("mef_tiny", event_shape=(1, 4, 8), num_classes=3, **SMALL).double()
     x, y = torch.rand(5, 1, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
     expected = flow.log_prob(x, y) - flow.dim * math.log(3)
@@ -53,12 +53,12 @@ def test_hybrid_objective_before_the_class_gaussians_are_set():
 
 
 def test_density_integrates_to_one():
-    """A flow over 2×2 images of which three pixels are held would not; so integrate all four on a grid."""
+    """Integrate over all 8 dimensions by importance sampling."""
     flow = create_flow("mef_tiny", event_shape=(1, 2, 4), num_classes=1, **SMALL, num_levels=1).double()
     for p in flow.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
     generator = torch.Generator().manual_seed(2)
-    z = torch.randn(100_000, 8, generator=generator, dtype=torch.float64) * 1.3  # importance sampling in x
+    z = torch.randn(100_000, 8, generator=generator, dtype=torch.float64) * 1.3
     proposal = torch.distributions.Normal(0, 1.3).log_prob(z).sum(1)
     mass = (flow.log_prob(z.view(-1, 1, 2, 4)) - proposal).exp()
     assert mass.mean().item() == pytest.approx(1, abs=5 * mass.std().item() / len(z) ** 0.5)
@@ -80,7 +80,7 @@ def test_sample_is_deterministic_and_in_range():
     assert 0 <= a.min() <= a.max() <= 1
 
 
-def test_a_name_is_registered_once():
+def test_registered_names_are_unique():
     def mef_tiny(event_shape):
         return None
 
@@ -96,7 +96,7 @@ def test_list_flows_filters():
 def test_initialise_normalises_latents():
     flow = create_flow("mef_tiny", event_shape=(1, 8, 8), num_classes=2)
     x = torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    x[:, :, 0] = 0  # a border that never changes
+    x[:, :, 0] = 0  # a constant border
     flow.initialise(x)
     z, ladj = flow.encode(x)
     assert torch.isfinite(z).all()
@@ -115,8 +115,8 @@ BAD_INPUT = [
     (lambda f: f.decode(torch.zeros(2, 31, dtype=torch.float64)), ValueError, "takes latents"),
     (lambda f: f.initialise(torch.full((2, 1, 4, 8), float("nan"), dtype=torch.float64)), ValueError, "NaN"),
     (lambda f: f.encode(torch.zeros(2, 1, 4, 8, dtype=torch.uint8)), TypeError, r"got a tensor of torch.uint8"),
-    (lambda f: f.initialise(255 * events(f, 2)), ValueError, r"run from .* divide 8-bit pixels by 255"),
-    (lambda f: f.initialise(events(f, 2) * 4 - 2), ValueError, "undo a normalisation"),
+    (lambda f: f.initialise(255 * events(f, 2)), ValueError, r"have values from .* divide 8-bit pixels by 255"),
+    (lambda f: f.initialise(events(f, 2) * 4 - 2), ValueError, "undo any normalisation"),
     (lambda f: f.initialise(events(f, 1)), ValueError, "got 1 examples, pass 2 or more"),
     (lambda f: narrow_flow("vector_tiny").encode(events(f, 2)), ValueError, r"takes vectors .* shape \(B, 7\), got"),
 ]

@@ -1,4 +1,4 @@
-"""The engine equals the flow written down literally."""
+"""The flow computes the same as a direct implementation of the equations."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests import literal_flow
 
 
 @pytest.mark.parametrize("coupling", ["affine", "matrix_exp"])
-def test_engine_equals_the_literal_flow(coupling):
+def test_flow_equals_the_literal_flow(coupling):
     flow = create_flow("mef_tiny", event_shape=(3, 8, 8), num_classes=2, steps=2, hidden=8, coupling=coupling).double()
     generator = torch.Generator().manual_seed(0)
     for p in flow.parameters():

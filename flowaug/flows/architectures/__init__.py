@@ -1,4 +1,4 @@
-"""The architectures: each file turns an event shape and a few sizes into a bijection from events to vectors."""
+"""Flow architectures: functions that build a bijection from events to latent vectors."""
 
 from flowaug.flows.architectures.glow import glow_base, glow_small, glow_tiny
 from flowaug.flows.architectures.jet import jet_base, jet_small, jet_tiny

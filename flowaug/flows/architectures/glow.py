@@ -1,6 +1,7 @@
-"""Glow (Kingma & Dhariwal, "Glow: Generative Flow with Invertible 1×1 Convolutions", NeurIPS 2018): the baseline.
+"""Glow, a baseline (Kingma & Dhariwal, "Glow: Generative Flow with Invertible 1×1 Convolutions", NeurIPS 2018).
 
-As everywhere here there are no split priors: the levels are re-packed into one vector, which the class Gaussian covers.
+Unlike the paper, there are no split priors. The outputs of all levels are concatenated to one latent vector, and the
+class Gaussian covers all of its dimensions.
 """
 
 from functools import partial
@@ -13,14 +14,20 @@ from flowaug.flows.networks import PlainConditioner
 def build_glow(
     event_shape: Shape, *, steps: int, hidden: int, coupling: str = "affine", num_levels: int | None = None
 ) -> Bijection:
-    """Glow: ActNorm per channel, PLU 1×1 convolution and affine coupling, level by level.
+    """Build a Glow: per level, steps of ActNorm per channel, PLU 1×1 convolution and coupling.
 
     Args:
         event_shape: (C, H, W), H and W divisible by ``2 ** num_levels``.
-        steps: steps per level (the paper's K).
-        hidden: width of the conditioners.
+        steps: steps per level (K in the paper).
+        hidden: number of hidden channels of the conditioners.
         coupling: "additive", "affine" or "matrix_exp".
-        num_levels: number of levels (the paper's L), None for as many as the size allows (three at most).
+        num_levels: number of levels (L in the paper); None for as many as the image size allows, at most three.
+
+    Returns:
+        A bijection from images (B, C, H, W) to latents (B, C·H·W).
+
+    Raises:
+        ValueError: if ``event_shape`` is not that of an image or does not suit ``num_levels``, or ``steps`` is below 1.
     """
     check_image_shape(event_shape, "glow")
     network = partial(PlainConditioner, hidden=hidden, kernels=(3, 1, 3))
@@ -32,15 +39,15 @@ def build_glow(
 
 
 def glow_tiny(event_shape: Shape, **overrides) -> Bijection:
-    """Glow for small grey images: 4 steps per level of width 64."""
+    """Build a Glow for small greyscale images: 4 steps per level, 64 hidden channels."""
     return build_glow(event_shape, **({"steps": 4, "hidden": 64} | overrides))
 
 
 def glow_small(event_shape: Shape, **overrides) -> Bijection:
-    """Glow about the size of ``mef_small``: 12 steps per level of width 160."""
+    """Build a Glow of about the size of ``mef_small``: 12 steps per level, 160 hidden channels."""
     return build_glow(event_shape, **({"steps": 12, "hidden": 160} | overrides))
 
 
 def glow_base(event_shape: Shape, **overrides) -> Bijection:
-    """The paper's Glow for CIFAR-10: L=3, K=32, width 512, 44 M parameters at 32×32×3."""
+    """Build the Glow of the paper for CIFAR-10: L=3, K=32, 512 hidden channels, 44 M parameters at 32×32×3."""
     return build_glow(event_shape, **({"steps": 32, "hidden": 512} | overrides))

@@ -18,25 +18,35 @@ def build_mef(
     attention: bool = False,
     split: bool = True,
 ) -> Bijection:
-    """Matrix exponential flow: ActNorm, 1×1 convolution and coupling, level by level.
+    """Build a matrix exponential flow: per level, steps of ActNorm, 1×1 convolution and coupling.
 
     Args:
         event_shape: (C, H, W), H and W divisible by ``2 ** num_levels``.
         steps: steps per level.
-        blocks: residual blocks of the conditioners of each level; the last entry serves all further levels.
-        hidden: width of the conditioners, of all levels or of each; the last entry serves all further levels.
+        blocks: number of residual blocks per conditioner, for each level. The last entry applies to all further levels.
+        hidden: number of hidden channels of the conditioners, for all levels or for each level. The last entry applies
+            to all further levels.
         coupling: "additive", "affine" or "matrix_exp".
-        num_levels: number of levels, None for as many as the size allows (three at most).
-        attention: end the conditioners' residual blocks with self-attention over the pixels; ``hidden`` must be a
-            multiple of 4.
-        split: whether each level hands half of its channels to the output; False takes all through all levels.
+        num_levels: number of levels; None for as many as the image size allows, at most three.
+        attention: apply self-attention over the pixels after the residual blocks of the conditioners. ``hidden`` must
+            then be a multiple of 4.
+        split: whether each level passes half of its channels directly to the output. With False all channels go
+            through all levels.
+
+    Returns:
+        A bijection from images (B, C, H, W) to latents (B, C·H·W).
+
+    Raises:
+        ValueError: if ``event_shape`` is not that of an image or does not suit ``num_levels``, if ``blocks`` or
+            ``hidden`` is empty, or if ``steps`` is below 1.
     """
     check_image_shape(event_shape, "mef")
     widths = (hidden,) if isinstance(hidden, int) else hidden
     check_at_least_one(**{"number of blocks": len(blocks), "number of widths (hidden)": len(widths)})
 
     def step(shape: Shape, level: int) -> list[Bijection]:
-        width, depth = (sizes[min(level, len(sizes) - 1)] for sizes in (widths, blocks))
+        width = widths[min(level, len(widths) - 1)]
+        depth = blocks[min(level, len(blocks) - 1)]
         network = partial(ConvConditioner, hidden=width, blocks=depth, attention=attention)
         return [ActNorm(shape), InvertibleConv1x1(shape[0]), Coupling(shape[0], coupling, network)]
 
@@ -44,15 +54,15 @@ def build_mef(
 
 
 def mef_tiny(event_shape: Shape, **overrides) -> Bijection:
-    """MEF for small grey images: 4 steps per level, one block of width 32."""
+    """Build an MEF for small greyscale images: 4 steps per level, one residual block of 32 channels."""
     return build_mef(event_shape, **({"steps": 4, "blocks": (1,), "hidden": 32} | overrides))
 
 
 def mef_small(event_shape: Shape, **overrides) -> Bijection:
-    """MEF of 3.6 M parameters at 32×32×3: 4 steps per level, two blocks of width 64."""
+    """Build an MEF of 3.6 M parameters at 32×32×3: 4 steps per level, one or two residual blocks of 64 channels."""
     return build_mef(event_shape, **({"steps": 4, "blocks": (2, 2, 1), "hidden": 64} | overrides))
 
 
 def mef_base(event_shape: Shape, **overrides) -> Bijection:
-    """The paper's MEF: 42.8 M parameters at 32×32×3."""
+    """Build the MEF of the paper: 42.8 M parameters at 32×32×3."""
     return build_mef(event_shape, **({"steps": 8, "blocks": (8, 4, 2), "hidden": 128} | overrides))

@@ -1,4 +1,7 @@
-"""What MEF and Glow share: levels that squeeze, run some steps, and hand half of their channels to the output."""
+"""Multi-scale structure of MEF and Glow.
+
+Each level squeezes 2×2 pixels into channels, applies some steps and passes half of its channels to the output.
+"""
 
 from collections.abc import Callable
 from math import prod
@@ -10,7 +13,7 @@ MAX_LEVELS = 3
 
 
 def check_image_shape(event_shape: tuple[int, ...], name: str) -> None:
-    """Raise a ValueError unless ``event_shape`` is (C, H, W)."""
+    """Raise a ``ValueError`` unless ``event_shape`` is (C, H, W)."""
     if len(event_shape) != 3:
         raise ValueError(
             f"{name} flows take images, but event_shape is {tuple(event_shape)}; expected (channels, height, width), "
@@ -19,17 +22,22 @@ def check_image_shape(event_shape: tuple[int, ...], name: str) -> None:
 
 
 def check_at_least_one(**counts: int) -> None:
-    """Raise a ValueError for the first count, named by its keyword, that is below 1."""
+    """Raise a ``ValueError`` that names the first keyword argument below 1, if there is one."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} is {count}; expected at least 1")
 
 
 def default_num_levels(height: int, width: int) -> int:
-    """As many 2×2 squeezes as the size allows while at least 2×2 pixels remain, three at most."""
+    """Return the default number of levels for an image size.
+
+    This is the number of times that the size can be halved such that at least 2×2 pixels remain, at most three.
+    """
     level = 0
     while level < MAX_LEVELS and height % 2 == width % 2 == 0 and min(height, width) >= 4:
-        height, width, level = height // 2, width // 2, level + 1
+        height //= 2
+        width //= 2
+        level += 1
     return level
 
 
@@ -50,20 +58,28 @@ def build_multiscale(
     make_step: Callable[[Shape, int], list[Bijection]],
     split: bool = True,
 ) -> Bijection:
-    """Build the levels.
+    """Build a multi-scale flow from a function that makes one step.
 
     Args:
         event_shape: (C, H, W), H and W divisible by ``2 ** num_levels``.
-        num_levels: number of levels, None for as many as the size allows (three at most).
+        num_levels: number of levels; None for as many as the image size allows, at most three.
         steps: steps per level.
-        make_step: the bijections of one step, given the shape they work on and the level.
-        split: whether each level hands half of its channels to the output (RealNVP, Dinh et al. 2017, Section 3.6);
-            otherwise all of them go through all levels, which costs more and treats all dimensions alike.
+        make_step: returns the bijections of one step, given their event shape (C, H, W) and the index of the level.
+        split: whether each level passes half of its channels directly to the output (RealNVP, Dinh et al. 2017,
+            Section 3.6). With False all channels go through all levels, which is slower and treats all dimensions
+            alike.
+
+    Returns:
+        A bijection from images (B, C, H, W) to latents (B, C·H·W).
+
+    Raises:
+        ValueError: if the image size does not suit ``num_levels``, or ``steps`` is below 1.
     """
     channels, height, width = event_shape
     num_levels = default_num_levels(height, width) if num_levels is None else num_levels
     _check_size(event_shape, num_levels)
     check_at_least_one(steps=steps)
+
     levels, shapes = [], []
     for level in range(num_levels):
         channels, height, width = 4 * channels, height // 2, width // 2
@@ -71,6 +87,7 @@ def build_multiscale(
         layers = [layer for _ in range(steps) for layer in make_step(shapes[-1], level)]
         levels.append(Chain([Squeeze(), *layers]))
         channels -= channels // 2 if split else 0
+
     if split:
         return MultiScale(levels, shapes)
     return Chain([*levels, Reshape(shapes[-1], (prod(shapes[-1]),))])

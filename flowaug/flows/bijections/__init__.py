@@ -1,4 +1,4 @@
-"""Bijections with exact inverses and exact log-determinants."""
+"""Invertible layers with exact inverses and exact log-determinants."""
 
 from flowaug.flows.bijections.base import Bijection, Chain, MultiScale
 from flowaug.flows.bijections.coupling import Coupling

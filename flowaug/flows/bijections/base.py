@@ -1,6 +1,7 @@
-"""The contract of a bijection, and the one place that fixes the sign of log-determinants.
+"""Base classes of bijections and the sign convention of log-determinants.
 
-``ladj`` is ``log|det ∂z/∂x|`` of the *forward* (encoding) direction, one number in nats per example.
+``ladj`` ("log absolute determinant of the Jacobian") is ``log|det ∂z/∂x|`` of the *forward* (encoding) direction, one
+value per example, in nats.
 """
 
 from collections.abc import Iterable
@@ -11,59 +12,81 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Bijection(nn.Module):
-    """An invertible map between batches of events. Examples of a batch never influence each other."""
+    """Invertible map between batches of events.
+
+    The examples of a batch are mapped independently of each other.
+    """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``x`` (B, *x) to ``z`` (B, *z) and ``ladj`` (B,) = log|det ∂z/∂x| in nats."""
+        """Map events to latents.
+
+        Args:
+            x: events (B, *x).
+
+        Returns:
+            ``z`` (B, *z) and ``ladj`` (B,), which is ``log|det ∂z/∂x|`` in nats.
+        """
         raise NotImplementedError
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Map ``z`` (B, *z) back to ``x`` (B, *x)."""
+        """Map latents (B, *z) back to events (B, *x)."""
         raise NotImplementedError
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Tensor:
-        """Set data-dependent parameters from a batch ``x``; returns ``forward(x)[0]``. No-op where there are none."""
+        """Initialise the data-dependent parameters, if there are any.
+
+        Args:
+            x: a batch of events (B, *x).
+
+        Returns:
+            ``forward(x)[0]`` with the new parameters.
+        """
         return self(x)[0]
 
 
-class Piecewise(Bijection):
-    """A bijection that may take a batch in parts, one after the other."""
+class Chunked(Bijection):
+    """Bijection that can process a batch in chunks, one after another, to limit the number of activations at a time.
+
+    A subclass implements ``forward_chunk`` and ``inverse_chunk``, and overrides ``chunks`` to split the batch.
+    """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``x`` (B, *x) to the same shape, piece by piece."""
-        pieces = [self.encode_piece(piece) for piece in self.pieces(x)]
-        return pieces[0] if len(pieces) == 1 else tuple(map(torch.cat, zip(*pieces, strict=True)))
+        """Map ``x`` (B, *x) to the same shape, chunk by chunk."""
+        outputs = [self.encode_chunk(chunk) for chunk in self.chunks(x)]
+        return outputs[0] if len(outputs) == 1 else tuple(map(torch.cat, zip(*outputs, strict=True)))
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Undo, piece by piece."""
-        pieces = [self.inverse_piece(piece) for piece in self.pieces(z)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        """Map ``z`` (B, *z) back to ``x``, chunk by chunk."""
+        outputs = [self.inverse_chunk(chunk) for chunk in self.chunks(z)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The batch in parts: one part, unless a class knows better."""
+    def chunks(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Split a batch into chunks (default: no split)."""
         return (x,)
 
-    def encode_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward_piece``, unless a class has another way for training."""
-        return self.forward_piece(x)
+    def encode_chunk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run ``forward_chunk``; a subclass can override how it is run in training."""
+        return self.forward_chunk(x)
 
-    def forward_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward`` of one part."""
+    def forward_chunk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute ``forward`` of one chunk."""
         raise NotImplementedError
 
-    def inverse_piece(self, z: Tensor) -> Tensor:
-        """``inverse`` of one part."""
+    def inverse_chunk(self, z: Tensor) -> Tensor:
+        """Compute ``inverse`` of one chunk."""
         raise NotImplementedError
 
 
-class Conditioned(Piecewise):
-    """A bijection with a network in it, which takes nearly all of its time and memory.
+class ConditionedBijection(Chunked):
+    """Bijection whose parameters are the output of a network, the conditioner.
+
+    The conditioner accounts for nearly all of the time and memory of the bijection.
 
     Attributes:
-        conditioner: the network, set by the class; computes in the dtype of its input.
-        conditioner_dtype: dtype to run the network in, None for that of the events.
-        recompute: keep only the events for the backward pass and run the network again there.
+        conditioner: the network, set by the subclass; computes in the dtype of its input.
+        conditioner_dtype: dtype in which the conditioner runs; None for the dtype of the events.
+        grad_checkpointing: save only the events for the backward pass and recompute the activations there.
     """
 
     conditioner: nn.Module
@@ -71,26 +94,26 @@ class Conditioned(Piecewise):
     def __init__(self):
         super().__init__()
         self.conditioner_dtype: torch.dtype | None = None
-        self.recompute = False
+        self.grad_checkpointing = False
 
     def condition(self, x: Tensor) -> Tensor:
-        """Raw parameters from the conditioning part ``x``, in the dtype of ``x``."""
+        """Compute the raw parameters from the conditioning half ``x``, in the dtype of ``x``."""
         if self.conditioner_dtype is None:
             return self.conditioner(x)
         return self.conditioner(x.to(self.conditioner_dtype)).to(x.dtype)
 
-    def encode_piece(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward_piece``, which the backward pass runs again where ``recompute`` is set."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.forward_piece, x, use_reentrant=False, preserve_rng_state=False)
-        return self.forward_piece(x)
+    def encode_chunk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run ``forward_chunk``, with activation checkpointing if ``grad_checkpointing`` is set."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.forward_chunk, x, use_reentrant=False, preserve_rng_state=False)
+        return self.forward_chunk(x)
 
 
 class Chain(Bijection):
-    """Bijections one after another; log-determinants add up.
+    """Composition of bijections.
 
     Args:
-        bijections: in the order of the forward direction.
+        bijections: the bijections, in the order of the forward direction.
     """
 
     def __init__(self, bijections: Iterable[Bijection]):
@@ -98,7 +121,7 @@ class Chain(Bijection):
         self.bijections = nn.ModuleList(bijections)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply every bijection in order."""
+        """Apply all bijections in order and sum their log-determinants."""
         total = x.new_zeros(x.shape[0])
         for bijection in self.bijections:
             x, ladj = bijection(x)
@@ -106,25 +129,26 @@ class Chain(Bijection):
         return x, total
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Undo every bijection in the opposite order."""
+        """Apply the inverses in reverse order."""
         for bijection in reversed(self.bijections):
             z = bijection.inverse(z)
         return z
 
     def initialise(self, x: Tensor) -> Tensor:
-        """Initialise each bijection on what the ones before it make of ``x``."""
+        """Initialise each bijection on the output of the previous ones."""
         for bijection in self.bijections:
             x = bijection.initialise(x)
         return x
 
 
 class MultiScale(Bijection):
-    """Levels that each hand half of their channels to the output; all outputs are re-packed into one vector.
+    """Multi-scale flow: each level passes half of its channels to the output, the rest to the next level.
 
-    Unlike Glow there are no split priors: every one of the ``D`` dimensions carries the class Gaussian.
+    The outputs of all levels are concatenated to one vector. Unlike in Glow there are no split priors: the class
+    Gaussian covers all ``D`` dimensions.
 
     Args:
-        levels: bijections between images; each gets the first half of the channels of the one before.
+        levels: bijections between images; each takes the first half of the output channels of the previous one.
         shapes: output shape (C, H, W) of each level, before its split.
     """
 
@@ -135,8 +159,9 @@ class MultiScale(Bijection):
         self.out_shapes = [(c - c // 2, h, w) for c, h, w in shapes[:-1]] + [shapes[-1]]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map an image (B, C, H, W) to a vector (B, C·H·W)."""
-        total, outs = x.new_zeros(x.shape[0]), []
+        """Map images (B, C, H, W) to vectors (B, C·H·W)."""
+        total = x.new_zeros(x.shape[0])
+        outs = []
         for level, shape in zip(self.levels, self.out_shapes, strict=True):
             x, ladj = level(x)
             total = total + ladj
@@ -145,9 +170,10 @@ class MultiScale(Bijection):
         return torch.cat(outs, dim=1), total
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Map a vector (B, C·H·W) back to an image (B, C, H, W)."""
+        """Map vectors (B, C·H·W) back to images (B, C, H, W)."""
         sizes = [c * h * w for c, h, w in self.out_shapes]
         outs = [part.unflatten(1, shape) for part, shape in zip(z.split(sizes, 1), self.out_shapes, strict=True)]
+
         x = self.levels[-1].inverse(outs[-1])
         for level, out in zip(self.levels[-2::-1], outs[-2::-1], strict=True):
             x = level.inverse(torch.cat([x, out], dim=1))
@@ -155,7 +181,10 @@ class MultiScale(Bijection):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Tensor:
-        """Initialise every level in turn."""
+        """Initialise the levels one after another.
+
+        Unlike for other bijections, the returned tensor is empty: the last level passes all channels to the output.
+        """
         for level, shape in zip(self.levels, self.out_shapes, strict=True):
             x = level.initialise(x)
             x = x[:, : x.shape[1] - shape[0]]

@@ -1,4 +1,4 @@
-"""Invertible 1×1 convolutions: by the matrix exponential (MEF) and by a PLU factorisation (Glow)."""
+"""Invertible 1×1 convolutions, parametrised by a matrix exponential (MEF) or a PLU factorisation (Glow)."""
 
 import math
 
@@ -11,7 +11,7 @@ from flowaug.flows.bijections.expm import expm
 
 
 def random_rotation(n: int) -> Tensor:
-    """Rotation matrix (n, n) in float64, drawn uniformly (from torch's current RNG)."""
+    """Draw a rotation matrix (n, n) uniformly, in float64, with the global RNG of torch."""
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))
     q = q * r.diagonal().sign()
     if torch.linalg.det(q) < 0:
@@ -20,9 +20,10 @@ def random_rotation(n: int) -> Tensor:
 
 
 def random_log_rotation(n: int) -> Tensor:
-    """Skew-symmetric logarithm (n, n) of a random rotation."""
-    angles, vectors = torch.linalg.eig(random_rotation(n))  # of a rotation: unit eigenvalues, orthonormal eigenvectors
-    log = ((vectors * (1j * angles.angle())) @ vectors.mH).real
+    """Draw a random rotation and return its logarithm, a skew-symmetric matrix (n, n) in float32."""
+    # The eigenvalues of a rotation have absolute value 1 and its eigenvectors are orthonormal.
+    eigenvalues, vectors = torch.linalg.eig(random_rotation(n))
+    log = ((vectors * (1j * eigenvalues.angle())) @ vectors.mH).real
     return ((log - log.T) / 2).float()
 
 
@@ -32,18 +33,18 @@ def apply_matrix(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 class Conv1x1(Bijection):
-    """``z = W x`` per pixel; ``ladj = H·W·log|det W|``."""
+    """Base class of invertible 1×1 convolutions: ``z = W x`` per pixel, ``ladj = H·W·log|det W|``."""
 
     def matrix(self) -> Tensor:
-        """``W`` (C, C) in float64."""
+        """Return ``W`` (C, C) in float64."""
         raise NotImplementedError
 
     def inverse_matrix(self) -> Tensor:
-        """``W⁻¹`` (C, C) in float64."""
+        """Return ``W⁻¹`` (C, C) in float64."""
         raise NotImplementedError
 
     def log_det(self) -> Tensor:
-        """``log|det W|``, a scalar in the dtype of the parameters."""
+        """Return ``log|det W|``, a scalar in the dtype of the parameters."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,15 +53,17 @@ class Conv1x1(Bijection):
         return apply_matrix(self.matrix(), x), ladj.expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Undo, by the inverse matrix."""
+        """Map (B, C, H, W) back with the inverse matrix."""
         return apply_matrix(self.inverse_matrix(), z)
 
 
 class InvertibleConv1x1(Conv1x1):
-    """``W = exp(M)``, ``log|det W| = tr M`` (Xiao & Liu 2020, Section 3.2).
+    """Invertible 1×1 convolution with ``W = exp(M)`` and ``log|det W| = tr M`` (Xiao & Liu 2020, Section 3.2).
+
+    ``M`` is initialised with the logarithm of a random rotation.
 
     Args:
-        channels: number of channels; ``M`` starts as the logarithm of a random rotation.
+        channels: number of channels.
     """
 
     def __init__(self, channels: int):
@@ -68,24 +71,26 @@ class InvertibleConv1x1(Conv1x1):
         self.log_weight = nn.Parameter(random_log_rotation(channels))
 
     def matrix(self) -> Tensor:
-        """``exp(M)`` (C, C) in float64."""
+        """Return ``exp(M)`` (C, C) in float64."""
         return expm(self.log_weight)
 
     def inverse_matrix(self) -> Tensor:
-        """``exp(−M)`` (C, C) in float64."""
+        """Return ``exp(−M)`` (C, C) in float64."""
         return expm(-self.log_weight)
 
     def log_det(self) -> Tensor:
-        """``tr M``."""
+        """Return ``tr M``, a scalar."""
         return self.log_weight.trace()
 
 
 class PLUConv1x1(Conv1x1):
-    """``W = P L (U + diag(s))``, ``log|det W| = Σ log|s|`` (Kingma & Dhariwal, "Glow", 2018, Section 3.2).
+    """Invertible 1×1 convolution with ``W = P L (U + diag(s))`` and ``log|det W| = Σ log|s|``.
+
+    ``W`` is initialised with a random rotation. The permutation ``P`` and the signs of ``s`` are not learned (Kingma &
+    Dhariwal, "Glow", 2018, Section 3.2).
 
     Args:
-        channels: number of channels; the product starts as a random rotation. The permutation ``P`` and the signs of
-            ``s`` stay what they were at the start, as buffers.
+        channels: number of channels.
     """
 
     order: Tensor
@@ -102,22 +107,28 @@ class PLUConv1x1(Conv1x1):
         self.log_diagonal = nn.Parameter(diagonal.abs().log().float())
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        lower, upper = self.lower.double().tril(-1), self.upper.double().triu(1)
+        """Return ``L`` and ``U + diag(s)``, both (C, C) in float64."""
+        lower = self.lower.double().tril(-1)
+        upper = self.upper.double().triu(1)
+        diagonal = self.sign.double() * self.log_diagonal.double().exp()
         eye = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
-        return lower + eye, upper + torch.diag(self.sign.double() * self.log_diagonal.double().exp())
+        return lower + eye, upper + torch.diag(diagonal)
 
     def matrix(self) -> Tensor:
-        """``P L (U + diag(s))`` (C, C) in float64."""
+        """Return ``P L (U + diag(s))`` (C, C) in float64."""
         lower, upper = self._factors()
         return (lower @ upper).index_select(0, self.order)
 
     def inverse_matrix(self) -> Tensor:
-        """``U⁻¹ L⁻¹ Pᵀ`` by two triangular solves in float64 (which, unlike a general inverse, never sync)."""
+        """Return ``(U + diag(s))⁻¹ L⁻¹ Pᵀ`` (C, C) in float64.
+
+        It is computed with two triangular solves. Unlike a general inverse, these do not synchronise a GPU.
+        """
         lower, upper = self._factors()
         eye = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, eye[self.order].T, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, inverse, upper=True)
 
     def log_det(self) -> Tensor:
-        """``Σ log|s|``."""
+        """Return ``Σ log|s|``, a scalar."""
         return self.log_diagonal.sum()

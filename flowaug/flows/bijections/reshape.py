@@ -1,4 +1,4 @@
-"""Bijections that only move entries; their log-determinant is 0."""
+"""Bijections that reshape or permute the entries of an event. Their log-determinant is 0."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from flowaug.flows.bijections.base import Bijection
 
 
 class Squeeze(Bijection):
-    """Move each 2×2 patch of space into channels: (C, H, W) to (4C, H/2, W/2)."""
+    """Space-to-depth: move each 2×2 patch of pixels into channels, (C, H, W) to (4C, H/2, W/2)."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to (B, 4C, H/2, W/2)."""
@@ -20,17 +20,20 @@ class Squeeze(Bijection):
 
 
 class Patchify(Bijection):
-    """Cut an image into tokens, row by row: (C, H, W) to (n, k), n = H/p · W/p tokens of k = C·p² entries.
+    """Split of an image into patches, (C, H, W) to (n, k).
+
+    The n = H/p · W/p tokens are in row-major order. Each has the k = C·p² entries of a p×p patch.
 
     Args:
         event_shape: (C, H, W), H and W multiples of ``patch``.
-        patch: side p of a patch.
+        patch: side p of a patch in pixels.
     """
 
     def __init__(self, event_shape: tuple[int, int, int], patch: int):
         super().__init__()
         _, height, width = event_shape
-        self.patch, self.grid = patch, (height // patch, width // patch)
+        self.patch = patch
+        self.grid = (height // patch, width // patch)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to (B, n, k)."""
@@ -42,16 +45,17 @@ class Patchify(Bijection):
 
 
 class Reshape(Bijection):
-    """View events of one shape as another shape with as many entries.
+    """Change of the event shape.
 
     Args:
-        before: event shape on the side of x.
-        after: event shape on the side of z.
+        before: event shape of ``x``.
+        after: event shape of ``z``, with the same number of entries.
     """
 
     def __init__(self, before: tuple[int, ...], after: tuple[int, ...]):
         super().__init__()
-        self.before, self.after = tuple(before), tuple(after)
+        self.before = tuple(before)
+        self.after = tuple(after)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, *before) to (B, *after)."""
@@ -63,10 +67,10 @@ class Reshape(Bijection):
 
 
 class Permute(Bijection):
-    """``z[:, i] = x[:, order[i]]``: a fixed permutation of the first event dimension.
+    """Fixed permutation of the first event dimension, ``z[:, i] = x[:, order[i]]``.
 
     Args:
-        order: permutation (C,) of 0 … C−1; a buffer, so that it is saved and never learned.
+        order: permutation (C,) of 0 … C−1. It is a buffer: saved with the flow, not learned.
     """
 
     order: Tensor
@@ -82,5 +86,5 @@ class Permute(Bijection):
         return x.index_select(1, self.order), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Put every entry back where it was."""
+        """Map (B, C, ...) back with the inverse permutation."""
         return z.index_select(1, self.restore)

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load
+
+from flowaug.files import markdown_table, pack, write_atomic, write_json
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device.*free some space"):
+        write_atomic(path, b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_write_creates_parent_folders_and_replaces_the_file(tmp_path):
+    path = tmp_path / "a" / "b" / "file"
+    write_atomic(path, b"old")
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_json_round_trip(tmp_path):
+    value = {"names": ["Käfer", "α"], "nested": {"x": 1.5, "none": None}}
+    write_json(tmp_path / "value.json", value)
+    text = (tmp_path / "value.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "Käfer" in text
+    assert text.endswith("}\n")
+
+
+def test_pack_round_trip(tmp_path):
+    x = torch.arange(6.0, requires_grad=True).view(2, 3).T  # not contiguous, with a gradient
+    data = pack({"x": x}, {"key": "value"})
+    assert torch.equal(load(data)["x"], x.detach())
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"key": "value"}
+
+
+def test_markdown_table():
+    lines = markdown_table(["name", "value"], [["a", 1], ("b", 0.5)]).split("\n")
+    assert lines == ["| name | value |", "| --- | --- |", "| a | 1 |", "| b | 0.5 |"]
+
+
+CELLS = [
+    ("<img src=x onerror=y>", "&lt;img src=x onerror=y&gt;"),
+    ("a & b", "a &amp; b"),
+    ("&lt;", "&amp;lt;"),
+    ("a|b", "a\\|b"),
+    ("two\nlines", "two lines"),
+    ("two\r\nlines", "two lines"),
+    ('"quoted"', '"quoted"'),
+]
+
+
+@pytest.mark.parametrize(("cell", "escaped"), CELLS)
+def test_markdown_table_escapes_cells(cell, escaped):
+    lines = markdown_table([cell], [[cell]]).split("\n")
+    assert lines == [f"| {escaped} |", "| --- |", f"| {escaped} |"]
