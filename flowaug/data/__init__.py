@@ -1,4 +1,4 @@
-"""Labelled images: data sets by name, image folders and webdataset shards; batches of them."""
+"""Labelled images from named data sets, image folders and webdataset shards, and batches of them."""
 
 from flowaug.data.images import ImageDataset, stack_images
 from flowaug.data.load import DATASETS, load_dataset

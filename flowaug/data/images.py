@@ -1,4 +1,4 @@
-"""Labelled images, held in memory or read from files: 8-bit, untransformed, with int64 labels."""
+"""``ImageDataset``: 8-bit images with int64 labels, held in memory or read from files."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from flowaug.data.image_files import check_readable, grey_or_rgb, parallel_map, 
 class ImageDataset(Dataset):
     """Images with one label each, held in memory or read from files.
 
+    ``dataset[i]`` is the transformed image (a PIL image without ``transform``) and its label, an int.
+
     Args:
-        images: uint8 array ``(N, H, W)`` or ``(N, H, W, 3)``, or the paths of N image files.
-        targets: ``(N,)`` labels in ``0 .. len(class_names) - 1``.
-        class_names: the name of each class.
-        name: what messages and file names call this data set.
-        channels: 1 or 3; None reads it off the array or the files' headers.
-        grey_levels: how many different values a channel takes.
-        transform: applied to each image on access; None gives the PIL image.
-        root: folder that the paths are taken relative to in :meth:`fingerprint`.
+        images: uint8 array (N, H, W) or (N, H, W, 3), or the paths of N image files.
+        targets: labels (N,) in ``0 .. len(class_names) - 1``.
+        class_names: names of the classes in label order.
+        name: name of the data set in messages and file names.
+        channels: 1 or 3; None takes it from the shape of the array or the headers of the files.
+        grey_levels: number of different pixel values.
+        transform: applied to each PIL image on access; None returns the PIL image.
+        root: folder to which the paths are relative in ``fingerprint``.
 
     Attributes:
-        targets: int64 array ``(N,)``.
-        image_size: ``(H, W)``, of the first file where files differ.
+        targets: int64 array (N,).
+        image_size: (H, W); of the first image if sizes differ.
 
     Raises:
-        ValueError: images, targets and class names do not fit together.
+        ValueError: images, targets and class names have inconsistent shapes or ranges.
     """
 
     def __init__(
@@ -52,11 +54,15 @@ class ImageDataset(Dataset):
     ):
         self.images = images if isinstance(images, np.ndarray | range) else [Path(path) for path in images]
         self.targets = np.asarray(targets, dtype=np.int64)
-        self.class_names, self.name = tuple(class_names), name
-        self.grey_levels, self.transform, self.root = grey_levels, transform, root
-        _check_source(self.images, self.targets, self.class_names)
-        self.channels = channels or self._own_channels()
-        self.image_size = self._own_size()
+        self.class_names = tuple(class_names)
+        self.name = name
+        self.grey_levels = grey_levels
+        self.transform = transform
+        self.root = root
+
+        _check_arrays(self.images, self.targets, self.class_names)
+        self.channels = channels or self._find_channels()
+        self.image_size = self._find_size()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -65,16 +71,21 @@ class ImageDataset(Dataset):
         return self._labelled(self.image(index), index)
 
     def visit(self, index: int, number: int):
-        """The image and label on visit ``number`` of a training; here they are those of every visit."""
+        """Return the image and label of a visit of a training run; here they are the same for every visit.
+
+        Args:
+            index: index of the image.
+            number: number of earlier visits to this image. Subclasses may return another version of the image for it.
+        """
         return self[index]
 
     @property
     def in_memory(self) -> bool:
-        """Whether the pixels are held as an array (else: as files)."""
+        """Whether the images are an array in memory instead of files."""
         return isinstance(self.images, np.ndarray)
 
     def image(self, index: int) -> Image.Image:
-        """The untransformed image, in mode "L" (1 channel) or "RGB" (3 channels)."""
+        """Return an image without the transform, in mode "L" (1 channel) or "RGB" (3 channels)."""
         mode = "L" if self.channels == 1 else "RGB"
         if self.in_memory:
             return Image.fromarray(self.images[index]).convert(mode)
@@ -82,38 +93,47 @@ class ImageDataset(Dataset):
             return to_mode(image, mode)
 
     def open(self, index: int) -> Image.Image:
-        """The image file, not decoded yet."""
+        """Open an image file without decoding it."""
         return Image.open(self.images[index])
 
     def check(self) -> None:
-        """Decode every image file to its end.
+        """Check that every image file decodes completely.
 
         Raises:
-            ValueError: some do not; names the first and counts the rest.
+            ValueError: some files are bad; the message names the first and counts them.
         """
         if not self.in_memory:
             check_readable(self.images)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
-        """The images at ``indices``, in that order, under the same name, classes and transform."""
-        indices, part = np.asarray(indices, dtype=np.int64), copy.copy(self)
+        """Return the images at ``indices``, in that order, with the same name, classes and transform."""
+        indices = np.asarray(indices, dtype=np.int64)
+        part = copy.copy(self)
         part.images = self.images[indices] if self.in_memory else [self.images[i] for i in indices]
         part.targets = self.targets[indices]
         return part
 
     def examples(self, limit: int = 10) -> list[tuple[Image.Image, int]]:
-        """The first image of each of the first ``limit`` classes that have one."""
+        """Return the first image of each class and its label, for the first ``limit`` classes that have images."""
         labels, first = np.unique(self.targets, return_index=True)
         return [(self.image(i), label) for i, label in zip(first[:limit], labels[:limit].tolist(), strict=True)]
 
     def read_table(self, size: tuple[int, int], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All images as `stack_images` gives them, and their labels (N,)."""
+        """Return all images in memory, resized as by ``stack_images``.
+
+        Args:
+            size: (H, W) of the result.
+            channels: 1 (greyscale) or 3 (RGB).
+
+        Returns:
+            uint8 images (N, channels, H, W) and int64 labels (N,).
+        """
         return stack_images(self, size, channels), torch.as_tensor(self.targets)
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the class names, the labels and the images.
+        """Return a hash (16 hex digits) of the class names, the labels and the images.
 
-        Files count by their path relative to the root and their size in bytes, not by their pixels.
+        Image files enter it by their path relative to ``root`` and their size in bytes, not by their pixels.
         """
         digest = hashlib.sha256(repr((self.class_names, self.channels, self.grey_levels)).encode())
         digest.update(self.targets.tobytes())
@@ -128,12 +148,12 @@ class ImageDataset(Dataset):
     def _labelled(self, image: Image.Image, index: int):
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
-    def _own_channels(self) -> int:
+    def _find_channels(self) -> int:
         if self.in_memory:
             return 1 if self.images.ndim == 3 else 3
         return grey_or_rgb(check_readable(self.images, decode=False))
 
-    def _own_size(self) -> tuple[int, int]:
+    def _find_size(self) -> tuple[int, int]:
         if self.in_memory:
             return self.images.shape[1:3]
         with self.open(0) as image:
@@ -141,15 +161,22 @@ class ImageDataset(Dataset):
 
 
 def stack_images(dataset: ImageDataset, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """All images in one uint8 tensor ``(N, channels, H, W)``, in order; the transform is not applied.
+    """Return all images of a data set in one tensor, without the data set's transform.
 
     Args:
         dataset: the images.
-        size: ``(H, W)``; other sizes are resized (antialiased bicubic, aspect ratio not kept).
-        channels: 1 (grey) or 3 (RGB).
+        size: (H, W) of the result; images of another size are resized (bicubic with antialiasing, without keeping the
+            aspect ratio).
+        channels: 1 (greyscale) or 3 (RGB).
+
+    Returns:
+        uint8 tensor (N, channels, H, W).
+
+    Raises:
+        ValueError: ``channels`` is neither 1 nor 3.
     """
     if channels not in (1, 3):
-        raise ValueError(f"channels is {channels!r}; expected 1 (grey) or 3 (RGB)")
+        raise ValueError(f"channels is {channels!r}; expected 1 (greyscale) or 3 (RGB)")
     stack = torch.empty(len(dataset), channels, *size, dtype=torch.uint8)
     pixels = parallel_map(lambda i: to_pixels(dataset.image(i), size, channels), range(len(dataset)), "reading images")
     for row, image in zip(stack, pixels, strict=True):
@@ -157,27 +184,33 @@ def stack_images(dataset: ImageDataset, size: tuple[int, int], channels: int) ->
     return stack
 
 
-def _check_source(images, targets: np.ndarray, class_names: tuple[str, ...]) -> None:
+def _check_arrays(images, targets: np.ndarray, class_names: tuple[str, ...]) -> None:
     if isinstance(images, np.ndarray):
-        good = images.dtype == np.uint8 and (images.ndim == 3 or images.shape[3:] == (3,))
-        if not good:
+        is_valid = images.dtype == np.uint8 and (images.ndim == 3 or images.shape[3:] == (3,))
+        if not is_valid:
             raise ValueError(
                 f"images are {images.dtype} of shape {images.shape}; "
-                "expected uint8 (N, H, W) or (N, H, W, 3): scale to 0..255, round and move the channels last"
+                "expected uint8 (N, H, W) or (N, H, W, 3): scale to 0..255, round, and move the channels last"
             )
     if targets.shape != (len(images),) or len(images) == 0:
         raise ValueError(f"{len(images)} images but targets of shape {targets.shape}; expected one label per image")
     if targets.min() < 0 or targets.max() >= len(class_names):
         raise ValueError(
-            f"targets run from {targets.min()} to {targets.max()} but there are {len(class_names)} class "
-            f"names; expected labels in 0..{len(class_names) - 1}"
+            f"targets run from {targets.min()} to {targets.max()} but there are {len(class_names)} class names; "
+            f"expected labels in 0..{len(class_names) - 1}"
         )
 
 
 def to_pixels(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """The image as uint8 ``(channels, H, W)``."""
+    """Convert a PIL image to a uint8 tensor (channels, H, W).
+
+    Args:
+        image: the image.
+        size: (H, W) of the result; an image of another size is resized.
+        channels: 1 (greyscale) or 3 (RGB).
+    """
     height, width = size
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)  # antialiased when it shrinks
+        image = image.resize((width, height), Image.Resampling.BICUBIC)  # with antialiasing when shrinking
     return pil_to_tensor(image)

@@ -1,4 +1,4 @@
-"""Batches of x in [0, 1] from memory, and the classifiers' loader: order and seeds by (seed, epoch)."""
+"""Batches of tensors in memory, and data loaders whose order and random transforms depend on (seed, epoch) only."""
 
 from __future__ import annotations
 
@@ -23,33 +23,38 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     drop_last: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ``x (B, C, H, W)`` float32 in [0, 1] and ``y (B,)`` int64 from tensors in memory.
+    """Return an iterator over batches of one epoch from tensors in memory.
 
-    The order depends on ``(seed, epoch)`` alone. With ``shuffle`` or ``drop_last`` every rank gets
-    equally many images (fewer than ``world_size`` are left out); otherwise each image goes to one rank.
+    The order depends on ``seed`` and ``epoch`` only. With ``shuffle`` or ``drop_last``, every process gets the same
+    number of images, and up to ``num_processes - 1`` images are left out. Otherwise each image goes to exactly one
+    process.
 
     Args:
-        images: uint8 ``(N, C, H, W)``.
-        targets: ``(N,)`` labels.
-        batch_size: images per batch and rank.
+        images: uint8 (N, C, H, W).
+        targets: labels (N,).
+        batch_size: images per batch and process.
         shuffle: visit the images in random order.
         seed: seed of the order.
-        epoch: a new epoch is a new order.
+        epoch: number of the epoch; each epoch has another order.
         drop_last: leave out the last batch if it is not full.
-        rank: this process.
-        world_size: number of processes.
+        process_index: index of this process.
+        num_processes: number of processes.
+
+    Returns:
+        An iterator over pairs of images (B, C, H, W), float32 in [0, 1], and labels (B,), int64.
 
     Raises:
-        ValueError: lengths that differ, pixels that are not uint8, or no batch at all.
+        ValueError: ``images`` is not uint8, ``images`` and ``targets`` differ in length, or there is no batch.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}; expected torch.uint8, as stack_images() returns them")
     if len(images) != len(targets):
-        raise ValueError(f"{len(images)} images but {len(targets)} targets; batches needs one label per image")
-    order = _share(len(images), shuffle, seed, epoch, shuffle or drop_last, rank, world_size)
+        raise ValueError(f"{len(images)} images but {len(targets)} targets; expected one label per image")
+
+    order = _process_indices(len(images), shuffle, seed, epoch, shuffle or drop_last, process_index, num_processes)
     check_batch_size(batch_size, len(order), drop_last)
     labels = torch.as_tensor(targets, dtype=torch.int64)
     chunks = [c for c in order.split(batch_size) if len(c) == batch_size or not drop_last]
@@ -62,17 +67,34 @@ def endless_table(
     batch_size: int,
     seed: int,
     start: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless full, shuffled `batches`, epoch by epoch, from step ``start`` on; all images where there are fewer."""
-    share = len(images) // world_size
-    size = min(batch_size, share)
-    epoch, done = divmod(start, share // size)
+    """Return an endless iterator over full, shuffled batches of tensors in memory, epoch after epoch.
+
+    A process with fewer than ``batch_size`` images gets all of them in each batch.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        targets: labels (N,).
+        batch_size: images per batch and process.
+        seed: seed of the order.
+        start: number of batches to skip, to resume a training run.
+        process_index: index of this process.
+        num_processes: number of processes.
+
+    Returns:
+        An iterator over pairs of images (B, C, H, W), float32 in [0, 1], and labels (B,), int64.
+    """
+    images_per_process = len(images) // num_processes
+    size = min(batch_size, images_per_process)
+    first_epoch, skip = divmod(start, images_per_process // size)
+
     epochs = (
-        batches(images, targets, size, True, seed, number, True, rank, world_size) for number in itertools.count(epoch)
+        batches(images, targets, size, True, seed, epoch, True, process_index, num_processes)
+        for epoch in itertools.count(first_epoch)
     )
-    return itertools.islice(itertools.chain.from_iterable(epochs), done, None)
+    return itertools.islice(itertools.chain.from_iterable(epochs), skip, None)
 
 
 def create_loader(
@@ -82,29 +104,44 @@ def create_loader(
     shuffle: bool,
     seed: int,
     workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    process_index: int = 0,
+    num_processes: int = 1,
     drop_last: bool = False,
-    copies: int = 1,
+    repeats: int = 1,
 ) -> DataLoader:
-    """A loader of ``(transform(image), label)`` batches for a classifier; ``dataset`` stays as it is.
+    """Create a data loader that yields batches of ``(transform(image), label)``.
 
-    The order depends on ``(seed, epoch)`` and the random transforms of an image on ``(seed, epoch, image)``, whatever
-    the number of workers. The epoch advances with each pass, and ``loader.sampler.set_epoch(e, skip)`` resumes within
-    epoch e. Ranks share the images as in :func:`batches`. The caller's global generators stay as they are. A stream of
-    shards makes its own loader, `flowaug.streams.StreamLoader`.
+    The order depends on ``(seed, epoch)`` and the random transform of an image on ``(seed, epoch, image)``, for any
+    number of workers. Each pass is the next epoch; ``loader.sampler.set_epoch(epoch, skip)`` resumes within an epoch.
+    Images are divided over processes as in ``batches``. Neither ``dataset`` nor the caller's global random generators
+    are changed. For a stream of webdataset shards, the result is a ``flowaug.data.wds.loader.StreamLoader``.
+
+    Args:
+        dataset: the images; an ``ImageDataset`` or a ``StreamDataset``.
+        transform: callable from a PIL image to a tensor.
+        batch_size: images per batch and process.
+        shuffle: visit the images in random order.
+        seed: seed of the order and the transforms.
+        workers: number of worker processes; 0 loads in this process.
+        process_index: index of this process.
+        num_processes: number of processes.
+        drop_last: leave out the last batch if it is not full.
+        repeats: visits to each image per epoch.
 
     Raises:
-        ValueError: no transform, or no batch at all.
+        ValueError: ``transform`` is not callable, or there is no batch.
     """
     if not callable(transform):
         raise ValueError(f"transform is {transform!r}; expected a callable from a PIL image to a tensor")
     if hasattr(dataset, "stream_loader"):
-        return dataset.stream_loader(transform, batch_size, shuffle, seed, workers, rank, world_size, copies)
+        return dataset.stream_loader(
+            transform, batch_size, shuffle, seed, workers, process_index, num_processes, repeats
+        )
+
     view = copy.copy(dataset)
     view.transform = transform
-    visits = SeededVisits(view, seed, copies)
-    sampler = EpochSampler(len(visits), shuffle, seed, shuffle or drop_last, rank, world_size)
+    visits = SeededVisits(view, seed, repeats)
+    sampler = EpochSampler(len(visits), shuffle, seed, shuffle or drop_last, process_index, num_processes)
     check_batch_size(batch_size, len(sampler), drop_last)
     return DataLoader(
         visits,
@@ -118,36 +155,53 @@ def create_loader(
 
 
 def endless_batches(loader: DataLoader, start: int) -> Iterator:
-    """Endless batches, epoch by epoch, from step ``start`` on; those before are skipped unread."""
-    epoch, done = divmod(start, len(loader))
-    loader.sampler.set_epoch(epoch, skip=done * loader.batch_size)
-    yield from itertools.islice(loader, len(loader) - done)
+    """Yield batches without end, epoch after epoch.
+
+    Args:
+        loader: a loader of ``create_loader``.
+        start: number of batches to skip, to resume a training run; their images are not transformed.
+    """
+    epoch, skip = divmod(start, len(loader))
+    loader.sampler.set_epoch(epoch, skip=skip * loader.batch_size)
+    yield from itertools.islice(loader, len(loader) - skip)
     while True:
         yield from loader
 
 
 class SeededVisits(Dataset):
-    """Visits to the images of a data set, ``copies`` to each per epoch; the keys (epoch, index) are of `EpochSampler`.
+    """A data set in which each image occurs ``repeats`` times per epoch, each time with its own random seed.
 
-    The random transforms depend on (seed, epoch, index) alone.
+    The keys are the pairs (epoch, index) of an ``EpochSampler``. A random transform depends on (seed, epoch, index)
+    only.
+
+    Args:
+        dataset: the images.
+        seed: seed of the random transforms.
+        repeats: number of visits to each image per epoch.
     """
 
-    def __init__(self, dataset: ImageDataset, seed: int, copies: int = 1):
-        self.dataset, self.seed, self.copies = dataset, seed, copies
+    def __init__(self, dataset: ImageDataset, seed: int, repeats: int = 1):
+        self.dataset = dataset
+        self.seed = seed
+        self.repeats = repeats
 
     def __len__(self) -> int:
-        """Visits of an epoch."""
-        return self.copies * len(self.dataset)
+        """Return the number of visits per epoch."""
+        return self.repeats * len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
-        """The image and label of ``key = (epoch, index)``."""
-        epoch, (copy, image) = key[0], divmod(key[1], len(self.dataset))
-        with seeded(self.seed, *key):
-            return self.dataset.visit(image, epoch * self.copies + copy)
+        """Return the image and label of ``key = (epoch, index)``."""
+        epoch, index = key
+        repeat, image = divmod(index, len(self.dataset))
+        with seeded(self.seed, epoch, index):
+            return self.dataset.visit(image, epoch * self.repeats + repeat)
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed the global CPU generators, which transforms and layers of other libraries draw from, by several numbers."""
+    """Seed the global CPU generators of PyTorch, Python and NumPy from several numbers.
+
+    Transforms and layers of other libraries draw from these generators.
+    """
     seed = mix_seed(*numbers)
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
@@ -156,7 +210,7 @@ def seed_everything(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """``seed_everything`` for the length of a block; the generators then go on as if nothing had been."""
+    """Call ``seed_everything`` for the length of a ``with`` block, and restore the generators' states afterwards."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     seed_everything(*numbers)
     try:
@@ -168,45 +222,75 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 class EpochSampler(Sampler):
-    """This rank's share of the images as keys (epoch, index), in the order of ``(seed, epoch)``; a pass is an epoch."""
+    """A sampler of the keys (epoch, index) of one process, in an order that depends on (seed, epoch).
 
-    def __init__(self, count, shuffle, seed, even, rank, world_size):
-        self.share = (count, shuffle, seed), (even, rank, world_size)
+    Each pass is the next epoch.
+
+    Args:
+        count: number of indices over all processes.
+        shuffle: random order.
+        seed: seed of the order.
+        even: leave out the last indices so that every process gets the same number.
+        process_index: index of this process.
+        num_processes: number of processes.
+    """
+
+    def __init__(self, count, shuffle, seed, even, process_index, num_processes):
+        # The arguments of _process_indices before and after the epoch.
+        self.share = (count, shuffle, seed), (even, process_index, num_processes)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Make the next pass that of ``epoch``, without its first ``skip`` images."""
+        """Set the epoch of the next pass, and the number of images to skip at its beginning."""
         self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order, epoch = _share(*self.share[0], self.epoch, *self.share[1])[self.skip :], self.epoch
-        self.set_epoch(epoch + 1)
-        return iter([(epoch, index) for index in order.tolist()])
+        (count, shuffle, seed), processes = self.share
+        order = _process_indices(count, shuffle, seed, self.epoch, *processes)
+        keys = [(self.epoch, index) for index in order[self.skip :].tolist()]
+        self.set_epoch(self.epoch + 1)
+        return iter(keys)
 
     def __len__(self) -> int:
-        return len(_share(self.share[0][0], False, 0, 0, *self.share[1]))
+        (count, _, _), processes = self.share
+        return len(_process_indices(count, False, 0, 0, *processes))
 
 
-def _share(count, shuffle, seed, epoch, even, rank, world_size) -> torch.Tensor:
-    """The indices that ``rank`` visits in ``epoch``: a strided share of an order that all ranks agree on."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank} and world_size {world_size}; expected 0 <= rank < world_size")
+def _process_indices(
+    count: int, shuffle: bool, seed: int, epoch: int, even: bool, process_index: int, num_processes: int
+) -> torch.Tensor:
+    """Return the indices of one process in an epoch: every ``num_processes``-th one of an order common to all."""
+    if not 0 <= process_index < num_processes:
+        raise ValueError(
+            f"process_index is {process_index} and num_processes is {num_processes}; expected 0 <= process_index < "
+            "num_processes"
+        )
     generator = torch.Generator().manual_seed(mix_seed(seed, epoch))
     order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
-    return order[: count // world_size * world_size if even else count][rank::world_size]
+    used = count // num_processes * num_processes if even else count
+    return order[:used][process_index::num_processes]
 
 
 def check_batch_size(batch_size: int, share: int, drop_last: bool) -> None:
-    """Raise a ValueError unless a process with ``share`` images gets a batch."""
+    """Check that a process gets at least one batch.
+
+    Args:
+        batch_size: images per batch and process.
+        share: number of images of this process.
+        drop_last: leave out the last batch if it is not full.
+
+    Raises:
+        ValueError: the batch size is less than 1, or there is no full batch with ``drop_last``.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
     if drop_last and share < batch_size:
         raise ValueError(
-            f"batch_size {batch_size} with drop_last=True leaves no batch of the {share} images of this "
-            f"process; set batch_size to at most {share} or drop_last=False"
+            f"batch_size is {batch_size} with drop_last=True, but this process has only {share} images and gets no "
+            f"batch; set batch_size to at most {share} or drop_last=False"
         )
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers; unlike a sum, (0, 1) and (1, 0) give different ones."""
+    """Return a 63-bit seed that depends on all numbers and their order, so (0, 1) and (1, 0) differ."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

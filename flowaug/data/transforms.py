@@ -1,6 +1,7 @@
-"""Transforms of images: timm's for single images, random shifts and mirrors of batches, preprocessing."""
+"""Transforms: timm's for single images, random shifts and flips of batches, and a classifier's preprocessing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -8,29 +9,50 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
+from flowaug.pixels import resize
 
-class GreyThrough:
-    """Run a transform for RGB images on a grey one and keep one channel: PIL's augmentations expect RGB.
+WHOLE = (1.0, 1.0)
+
+
+class TransformSettings(Protocol):
+    """Settings of an image transform, named as in timm's ``train.py``; without scale and ratio nothing is cropped."""
+
+    @property
+    def scale(self) -> tuple[float, float] | None: ...  # noqa: D102
+    @property
+    def ratio(self) -> tuple[float, float] | None: ...  # noqa: D102
+    @property
+    def hflip(self) -> float: ...  # noqa: D102
+    @property
+    def aa(self) -> str | None: ...  # noqa: D102
+    @property
+    def color_jitter(self) -> float | None: ...  # noqa: D102
+
+
+class GreyscaleTransform:
+    """A transform of greyscale images that converts them to RGB, transforms them and keeps one channel.
+
+    The conversion is necessary because timm's augmentations expect RGB images.
 
     Args:
-        transform: PIL RGB image to uint8 tensor (3, H, W).
+        transform: callable from a PIL RGB image to a uint8 tensor (3, H, W).
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]):
         self.transform = transform
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Map a grey PIL image to uint8 (1, H, W)."""
+        """Return the transformed image as uint8 (1, H, W)."""
         return self.transform(image.convert("RGB"))[:1]
 
 
-def train_transform(size: int, channels: int, options) -> Callable[[Image.Image], Tensor]:
-    """Build timm's training transform without normalisation and erasing, which follow on the device.
+def train_transform(size: int, channels: int, settings: TransformSettings) -> Callable[[Image.Image], Tensor]:
+    """Create timm's training transform without normalisation and random erasing, which run later, on the device.
 
     Args:
         size: height and width of the result.
         channels: 1 or 3.
-        options: ``scale, ratio, hflip, aa, color_jitter`` as timm's ``train.py`` names them.
+        settings: settings of the transform; without ``scale`` and ``ratio`` the whole image is resized.
 
     Returns:
         A callable from a PIL image to uint8 (channels, size, size).
@@ -38,36 +60,66 @@ def train_transform(size: int, channels: int, options) -> Callable[[Image.Image]
     transform = create_transform(
         (3, size, size),
         is_training=True,
-        scale=options.scale,
-        ratio=options.ratio,
-        hflip=options.hflip,
-        auto_augment=options.aa,
-        color_jitter=options.color_jitter,
+        scale=settings.scale or WHOLE,
+        ratio=settings.ratio or WHOLE,
+        hflip=settings.hflip,
+        auto_augment=settings.aa,
+        color_jitter=settings.color_jitter,
         interpolation="bicubic",
         normalize=False,
     )
-    return transform if channels == 3 else GreyThrough(transform)
+    if settings.scale is None and settings.ratio is None:
+        transform.transforms[0] = v2.Resize((size, size), v2.InterpolationMode.BICUBIC, antialias=True)
+    return transform if channels == 3 else GreyscaleTransform(transform)
 
 
 def eval_transform(size: int) -> Callable[[Image.Image], Tensor]:
-    """Resize the short side, crop the centre: PIL image to uint8 (C, size, size)."""
+    """Create a transform that resizes the shorter side to ``size`` and crops the centre.
+
+    Returns:
+        A callable from a PIL image to uint8 (C, size, size).
+    """
     bicubic = v2.InterpolationMode.BICUBIC
     return v2.Compose([v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
 
 
+class Preprocess:
+    """The preprocessing of a classifier: resize images in [0, 1] to its input size and normalise them.
+
+    Args:
+        input_size: (C, H, W) of the classifier's input.
+        mean: mean per channel.
+        std: standard deviation per channel.
+    """
+
+    def __init__(self, input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]):
+        self.input_size = input_size
+        self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+
+    def to(self, device: torch.device | str) -> "Preprocess":
+        """Move the constants to a device in place, and return self."""
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the classifier's input (B, C, H, W) for images (B, C, h, w) in [0, 1]."""
+        return (resize(x, self.input_size[1:]) - self.mean) / self.std
+
+
 def random_shift(x: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Move each image (B, C, H, W) by up to ``pixels`` in both directions; the border repeats."""
+    """Shift each image (B, C, H, W) by up to ``pixels`` vertically and horizontally, with repeated border pixels."""
     if pixels == 0:
         return x
+
     b, _, h, w = x.shape
     dy, dx = torch.randint(-pixels, pixels + 1, (2, b, 1), generator=generator, device=x.device)
     rows = (torch.arange(h, device=x.device) + dy).clamp(0, h - 1)
     columns = (torch.arange(w, device=x.device) + dx).clamp(0, w - 1)
-    each = torch.arange(b, device=x.device)
-    return x[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    batch = torch.arange(b, device=x.device)
+    return x[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def random_hflip(x: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """Mirror each image (B, C, H, W) left to right with probability ``p``."""
+    """Flip each image (B, C, H, W) horizontally with probability ``p``."""
     flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < p
     return torch.where(flip, x.flip(3), x)

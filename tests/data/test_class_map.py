@@ -1,4 +1,4 @@
-"""Class maps, declared numbers of classes and ReaL labels."""
+"""Class maps, given numbers of classes, and ReaL labels."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from flowaug.data import ImageDataset, load_dataset
-from flowaug.data.class_map import ClassMap, numbered, read_class_map, relabel
+from flowaug.data.class_map import ClassMap, read_class_map, relabel
 from flowaug.evaluation.real_labels import RealLabels
 from flowaug.training import finetune
 
@@ -17,7 +17,7 @@ SYNSETS = ("n01", "n02", "n03")
 
 @pytest.fixture
 def root(tmp_path):
-    """Three synsets of two training and two validation images, numbered across the classes."""
+    """An image folder of three synsets with two training and two validation images each, numbered across classes."""
     for label, name in enumerate(SYNSETS):
         for i in range(2):
             for part, stem in (("train", f"{name}_{i}"), ("val", f"ILSVRC2012_val_{2 * label + i + 1:08d}")):
@@ -40,12 +40,12 @@ def write(tmp_path):
 MAPS = [
     (["n03", "n01", "n02"], (1, 2, 0), ("n03", "n01", "n02")),
     ({"n03": 0, "n02": 1, "n01": 2}, (2, 1, 0), ("n03", "n02", "n01")),
-    ({"n02": 1, "n01": 0, "n03": 0}, (0, 1, 0), ("n01", "n02")),  # two folders, one class
+    ({"n02": 1, "n01": 0, "n03": 0}, (0, 1, 0), ("n01", "n02")),  # two folders are one class
 ]
 
 
 @pytest.mark.parametrize(("content", "labels", "names"), MAPS)
-def test_a_class_map_gives_folders_their_labels(root, write, content, labels, names):
+def test_a_class_map_sets_the_labels_of_folders(root, write, content, labels, names):
     for split in ("train", "val"):
         data = load_dataset(data_dir=root, split=split, class_map=write(content), num_classes=len(names))
         assert data.class_names == names
@@ -53,7 +53,7 @@ def test_a_class_map_gives_folders_their_labels(root, write, content, labels, na
         assert [image.getpixel((0, 0))[0] // 40 for image, _ in data] == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_map_leaves_the_data_set_it_was_given_alone():
+def test_relabel_does_not_change_its_argument():
     data = ImageDataset(np.zeros((4, 2, 2), np.uint8), [0, 0, 1, 1], ("a", "b"))
     other = relabel(data, ClassMap({"b": 0, "a": 1}, ("b", "a"), "a map"), "train")
     assert (data.targets.tolist(), other.targets.tolist()) == ([0, 0, 1, 1], [1, 1, 0, 0])
@@ -66,24 +66,28 @@ NAMES = [
     (["ant", "bee"], "2", None),
     (["ant", "bee"], "cat", None),
     ({"7": 0, "5": 1}, "5", 1),
-    ({"7": 0, "5": 1}, "1", None),  # unless the map says what numbers mean
+    ({"7": 0, "5": 1}, "1", None),  # unless the map contains numbers
 ]
 
 
 @pytest.mark.parametrize(("content", "name", "label"), NAMES)
-def test_numbers_and_names_find_their_label(write, content, name, label):
+def test_labels_of_numbers_and_names(write, content, name, label):
     assert read_class_map(write(content)).label(name) == label
 
 
-def test_images_per_class_counts_the_classes_of_the_map(root, write):
+def test_images_per_class_applies_to_the_classes_of_the_map(root, write):
     path = write({"n01": 0, "n02": 1, "n03": 1})
     data = load_dataset(data_dir=root, images_per_class=2, class_map=path)
     assert np.bincount(data.targets).tolist() == [2, 2]
 
 
 BAD_MAPS = [
-    (["n01", "n02"], {}, r"class 'n03' of the data is not in the class map .*\(1 of 3 such\); it has 2 classes"),
-    ([*SYNSETS, "n04"], {}, r"class 'n04' has no image in the net under its labels"),
+    (
+        ["n01", "n02"],
+        {},
+        r"class 'n03' of the data is not in the class map .*\(1 of 3 classes are missing\), which has 2 classes",
+    ),
+    ([*SYNSETS, "n04"], {}, r"class 'n04' has no image in net after relabeling"),
     (list(SYNSETS), {"num_classes": 4}, r"num_classes is 4 but the class map .* has 3 classes \(n01, n02, n03"),
     ({"n01": 0, "n02": 2}, {}, r"has no class 1; labels must run from 0 to K - 1 without gaps"),
     ({"n01": 1}, {}, r"has no class 0"),
@@ -97,35 +101,36 @@ BAD_MAPS = [
 
 
 @pytest.mark.parametrize(("content", "options", "message"), BAD_MAPS)
-def test_maps_that_do_not_fit_are_refused(root, write, content, options, message):
+def test_invalid_class_maps_are_rejected(root, write, content, options, message):
     with pytest.raises(ValueError, match=message):
         load_dataset(data_dir=root, class_map=write(content), **options)
 
 
-def test_declared_numbers_and_missing_maps(root, tmp_path):
+def test_given_numbers_of_classes_and_missing_maps(root, tmp_path):
     assert len(load_dataset(data_dir=root, num_classes=3).class_names) == 3
     with pytest.raises(ValueError, match=r"num_classes is 10 but net has 3 classes"):
         load_dataset(data_dir=root, num_classes=10)
-    with pytest.raises(FileNotFoundError, match=r"none\.json' is not there; give a JSON file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json' does not exist; give a JSON file"):
         load_dataset(data_dir=root, class_map=tmp_path / "none.json")
-    assert numbered(3).names == ("0", "1", "2")
+    assert ClassMap.identity_map(3).names == ("0", "1", "2")
 
 
 REAL = [[0], [1, 2], [], [1], [2], [0]]
 
 
-def test_real_labels_agree_with_counting_by_hand(root, write):
+def test_real_label_counts_agree_with_known_values(root, write):
     val = load_dataset(data_dir=root, split="val")
     logits = torch.eye(3)[[0, 2, 0, 0, 2, 1]]
     totals = torch.zeros(3, dtype=torch.float64)
-    for rank in range(2):
-        real = RealLabels(write(REAL), val, rank, 2)
-        for _ in range(2):  # an evaluation starts anew
+    for process_index in range(2):
+        real = RealLabels(write(REAL), val, process_index, 2)
+        for _ in range(2):  # each evaluation starts again
             real.reset()
-            share = logits[rank::2]
-            real.add(share[:2]), real.add(share[2:])
+            part = logits[process_index::2]
+            real.add(part[:2])
+            real.add(part[2:])
         totals += real.sums()
-    assert totals.tolist() == [3, 5, 5]  # right: images 1, 2 and 5; image 3 has no label and does not count
+    assert totals.tolist() == [3, 5, 5]  # images 1, 2 and 5 are right; image 3 has no label and is not counted
 
 
 def test_finetune_reports_real_accuracy(root, write, tmp_path):
@@ -167,12 +172,12 @@ BAD_REAL = [
 
 
 @pytest.mark.parametrize(("make", "content", "message"), BAD_REAL)
-def test_real_labels_that_do_not_fit_are_refused(root, write, make, content, message):
+def test_real_labels_that_do_not_match_the_data_are_rejected(root, write, make, content, message):
     with pytest.raises(ValueError, match=message):
         RealLabels(write(content), make(root))
 
 
-def test_timms_own_copy_is_of_fifty_thousand_images(root, tmp_path):
+def test_timms_real_labels_are_of_50000_images(root, tmp_path):
     with pytest.raises(ValueError, match=r"has labels for 50000 images but the val split has 6"):
         RealLabels("timm", as_is(root))
     with pytest.raises(FileNotFoundError, match=r"real\.json' is not there"):

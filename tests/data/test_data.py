@@ -23,13 +23,13 @@ def write_images(folder, count=2, size=(6, 5), channels=1, start=0):
 
 @pytest.fixture
 def root(tmp_path):
-    """Classes cat (3 train, 1 val) and dog (2 train, 1 val), grey, 6 high and 5 wide."""
+    """An image folder with cat (3 train, 1 val) and dog (2 train, 1 val): greyscale, 6 high and 5 wide."""
     for part, count, name in (("train", 3, "cat"), ("train", 2, "dog"), ("val", 1, "cat"), ("val", 1, "dog")):
         write_images(tmp_path / "pets" / part / name, count)
     return tmp_path / "pets"
 
 
-def test_digits_keep_all_images_and_their_seventeen_levels():
+def test_digits_have_all_images_and_17_grey_levels():
     train, val = load_dataset(), load_dataset("digits", split="val")
     assert len(train) + len(val) == 1797
     assert (train.channels, train.image_size, train.grey_levels, train.name) == (1, (8, 8), 17, "digits")
@@ -42,10 +42,10 @@ def test_digits_keep_all_images_and_their_seventeen_levels():
     np.testing.assert_array_equal(np.asarray(image), train.images[3])
 
 
-def test_digits_split_is_stratified_disjoint_and_not_the_users_seed():
+def test_digits_split_is_stratified_disjoint_and_independent_of_the_seed():
     train, val = load_dataset(seed=1), load_dataset(split="val", seed=2)
-    share = np.bincount(train.targets) / (np.bincount(train.targets) + np.bincount(val.targets))
-    np.testing.assert_allclose(share, 0.8, atol=0.005)
+    train_fraction = np.bincount(train.targets) / (np.bincount(train.targets) + np.bincount(val.targets))
+    np.testing.assert_allclose(train_fraction, 0.8, atol=0.005)
     from sklearn.datasets import load_digits
 
     every = sorted(image.tobytes() for image in np.rint(load_digits().images * 255 / 16).astype(np.uint8))
@@ -53,7 +53,7 @@ def test_digits_split_is_stratified_disjoint_and_not_the_users_seed():
     assert train.fingerprint() == load_dataset(seed=5).fingerprint()
 
 
-def test_images_per_class_is_a_seeded_subset_of_train():
+def test_images_per_class_is_a_seeded_subset_of_the_training_set():
     full, few, again, other = (
         load_dataset(images_per_class=n, seed=s) for n, s in ((None, 0), (70, 3), (70, 3), (70, 4))
     )
@@ -64,12 +64,12 @@ def test_images_per_class_is_a_seeded_subset_of_train():
 
 
 @pytest.mark.skipif(not HAS_FASHION, reason="Debian's dataset-fashion-mnist is not installed")
-def test_fashion_mnist_is_whole():
+def test_fashion_mnist_is_complete():
     val = load_dataset("fashion_mnist", split="val")
     np.testing.assert_array_equal(np.bincount(val.targets), np.full(10, 1000))
     assert (val.image_size, val.class_names[0], val.class_names[9]) == ((28, 28), "T-shirt/top", "Ankle boot")
     assert stack_images(val.subset([0, 1]), (28, 28), 1).shape == (2, 1, 28, 28)
-    assert 60 < val.images.mean() < 90  # 73: pixels, not header bytes
+    assert 60 < val.images.mean() < 90  # 73 if no header bytes are read as pixels
 
 
 def write_idx(path, array):
@@ -77,7 +77,7 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
-def test_fashion_mnist_from_the_folder_named_in_the_environment(tmp_path, monkeypatch):
+def test_fashion_mnist_from_the_folder_in_the_environment_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWAUG_FASHION_MNIST", str(tmp_path))
     images, targets = pixels(0, 4, 3, 2), np.array([9, 0, 0, 9], np.uint8)
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
@@ -89,11 +89,11 @@ def test_fashion_mnist_from_the_folder_named_in_the_environment(tmp_path, monkey
         load_dataset("fashion_mnist", split="val")
     whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(whole[:-12])
-    with pytest.raises(ValueError, match=r"train-images.*is not a whole idx file .* copy it again"):
+    with pytest.raises(ValueError, match=r"train-images.*is not a complete IDX file .* copy it again"):
         load_dataset("fashion_mnist")
 
 
-def test_folder_gives_sorted_classes_labels_and_files(root):
+def test_folder_has_sorted_classes_labels_and_files(root):
     (root / "train" / "cat" / "notes.txt").write_text("not an image")
     (root / "train" / "cat" / "._0.png").write_text("a Mac's resource fork")
     train, val = load_dataset(data_dir=root), load_dataset(data_dir=str(root), split="val")
@@ -110,7 +110,7 @@ def test_val_may_have_another_name(root, name):
     assert len(load_dataset(data_dir=root, split="val")) == 2
 
 
-def test_one_colour_image_anywhere_makes_both_splits_rgb(root):
+def test_a_single_colour_image_makes_both_splits_rgb(root):
     write_images(root / "val" / "dog", 1, channels=3, start=9)
     for split in ("train", "val"):
         dataset = load_dataset(data_dir=root, split=split)
@@ -138,7 +138,7 @@ def test_transform_and_subset():
     assert len(dataset) == 5
 
 
-def test_fingerprint_sees_every_part_of_the_data(root):
+def test_fingerprint_depends_on_every_part_of_the_data(root):
     images, targets = pixels(0, 4, 3, 3), [0, 1, 1, 0]
     changed = images.copy()
     changed[2, 1, 1] ^= 1
@@ -153,7 +153,7 @@ def test_fingerprint_sees_every_part_of_the_data(root):
     assert ImageDataset(images.copy(), targets, "ab", name="other").fingerprint() == prints[0]
 
 
-def test_fingerprint_of_a_folder_survives_moving_but_not_a_changed_file(root):
+def test_fingerprint_of_a_folder_depends_on_its_files_but_not_its_location(root):
     before = load_dataset(data_dir=root).fingerprint()
     moved = root.rename(root.with_name("moved"))
     assert load_dataset(data_dir=moved).fingerprint() == before
@@ -163,7 +163,7 @@ def test_fingerprint_of_a_folder_survives_moving_but_not_a_changed_file(root):
     assert len({before, changed, load_dataset(data_dir=moved).fingerprint()}) == 3
 
 
-def test_stack_images_keeps_order_pixels_and_ignores_the_transform():
+def test_stack_images_keeps_order_and_pixels_and_ignores_the_transform():
     images = pixels(0, 40, 6, 5)
     dataset = ImageDataset(images, np.zeros(40), "a", transform=lambda image: 1 / 0)
     stack = stack_images(dataset, (6, 5), 1)
@@ -173,7 +173,9 @@ def test_stack_images_keeps_order_pixels_and_ignores_the_transform():
 
 
 def test_stack_images_shrinks_with_antialiasing_and_puts_channels_first():
-    board = np.indices((32, 64)).sum(0) % 2 * 255  # without antialiasing: black or white, not grey
+    board = (
+        np.indices((32, 64)).sum(0) % 2 * 255
+    )  # without antialiasing, the result would be black or white instead of grey
     colour = np.zeros((32, 64, 3), np.uint8)
     colour[..., 2] = board
     stack = stack_images(ImageDataset(colour[None], [0], "a"), (4, 8), 3)
@@ -182,7 +184,7 @@ def test_stack_images_shrinks_with_antialiasing_and_puts_channels_first():
     assert (stack[0, 2].float() - 127.5).abs().max() < 8
 
 
-def test_stack_images_shrinks_each_side_by_itself():
+def test_stack_images_does_not_keep_the_aspect_ratio():
     image = np.zeros((32, 64), np.uint8)
     image[8:16, 48:] = 255  # the second quarter from the top, the last from the left
     (small,) = stack_images(ImageDataset(image[None], [0], "a"), (4, 8), 1)[0] > 127
@@ -274,16 +276,16 @@ BAD_FOLDERS = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "options", "kind", "message"), BAD_FOLDERS)
-def test_bad_folder(root, spoil, options, kind, message):
-    load_dataset(data_dir=root, split=options.get("split", "train"))  # good as long as nobody spoils it
-    if spoil:
-        spoil(root)
+@pytest.mark.parametrize(("damage", "options", "kind", "message"), BAD_FOLDERS)
+def test_bad_folder(root, damage, options, kind, message):
+    load_dataset(data_dir=root, split=options.get("split", "train"))  # no error before the damage
+    if damage:
+        damage(root)
     with pytest.raises(kind, match=message):
         load_dataset(data_dir=root, **options)
 
 
-def test_folder_without_val_trains_but_does_not_validate(root):
+def test_folder_without_val_has_a_training_set_only(root):
     (root / "val").rename(root / "holdout")
     assert len(load_dataset(data_dir=root)) == 5
     with pytest.raises(FileNotFoundError, match=r"has no val/ or validation/ or test/; .*: holdout, train"):
@@ -299,7 +301,7 @@ BAD_OPTIONS = [
     (
         {"dataset": "fashion-mnist"},
         ValueError,
-        "known ones are digits, fashion_mnist; did you mean 'fashion_mnist'",
+        "expected digits, fashion_mnist, torch/…, hfds/… or wds/; did you mean 'fashion_mnist'",
     ),
     ({"dataset": "zzz"}, ValueError, "unknown dataset 'zzz'; .*use data_dir"),
     ({"split": "test"}, ValueError, "unknown split 'test'; expected 'train' or 'val'"),
@@ -317,7 +319,7 @@ BAD_OPTIONS = [
     (
         {"data_dir": "/no/where"},
         FileNotFoundError,
-        r"'/no/where' is not there; give a folder with train/ and val/",
+        r"'/no/where' does not exist; give a folder with train/ and val/",
     ),
 ]
 
@@ -352,6 +354,6 @@ def test_bad_source(images, targets, message):
         ImageDataset(images, targets, "ab")
 
 
-def test_stack_images_refuses_other_channels():
-    with pytest.raises(ValueError, match=r"channels is 4; expected 1 \(grey\) or 3"):
+def test_stack_images_rejects_other_channels():
+    with pytest.raises(ValueError, match=r"channels is 4; expected 1 \(greyscale\) or 3"):
         stack_images(ImageDataset(pixels(0, 1, 2, 2), [0], "a"), (2, 2), 4)

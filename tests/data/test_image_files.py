@@ -6,7 +6,7 @@ from flowaug.data.image_files import check_readable, grey_or_rgb, parallel_map
 from flowaug.data.image_folder import scan_folder
 
 
-def test_scan_finds_nested_files_of_every_case_in_order(tmp_path):
+def test_scan_finds_nested_files_with_upper_and_lower_case_suffixes_in_order(tmp_path):
     for name in ("b/2.png", "b/sub/1.JPEG", "a/x.webp", "a/x.csv", ".cache/y.png"):
         path = tmp_path / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -17,7 +17,7 @@ def test_scan_finds_nested_files_of_every_case_in_order(tmp_path):
     assert list(classes["train"]) == ["a", "b"]
 
 
-def test_header_check_passes_what_full_decoding_refuses(tmp_path):
+def test_only_decoding_finds_a_truncated_file(tmp_path):
     path = tmp_path / "cut.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
     assert check_readable([path]) == ["L"]
@@ -32,11 +32,11 @@ def test_grey_or_rgb(modes, channels):
     assert grey_or_rgb(modes) == channels
 
 
-def test_parallel_keeps_order_and_is_silent_when_quick(capsys):
+def test_parallel_map_keeps_the_order_and_prints_nothing_if_it_is_quick(capsys):
     assert list(parallel_map(lambda i: i * i, range(1000), "squaring")) == [i * i for i in range(1000)]
     assert capsys.readouterr().err == ""
 
 
-def test_parallel_passes_errors_on():
+def test_parallel_map_raises_the_errors_of_its_function():
     with pytest.raises(ZeroDivisionError):
         list(parallel_map(lambda i: 1 // i, [1, 0], "dividing"))

@@ -1,4 +1,4 @@
-"""timm's data sets by name: torchvision's arrays and folders, Hugging Face's tables."""
+"""Data sets with timm's names: arrays and folders of torchvision, and Hugging Face data sets."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def write_idx(path, array):
 
 @pytest.fixture
 def mnist(tmp_path):
-    """40 training and 20 validation images in torchvision's layout; image i is grey i, its label i % 10."""
+    """40 training and 20 validation images in torchvision's layout; image i has grey level i and label i % 10."""
     for stem, count in (("train", 40), ("t10k", 20)):
         raw = tmp_path / "MNIST" / "raw"
         write_idx(raw / f"{stem}-images-idx3-ubyte", np.arange(count, dtype=np.uint8).repeat(784).reshape(-1, 28, 28))
@@ -37,7 +37,7 @@ def mnist(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Grey training images, but one RGB validation image: both splits are RGB."""
+    """An image folder of greyscale images and RGB validation images of one class, so that both splits are RGB."""
     for part, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("ant", "bee")):
             (tmp_path / "pets" / part / name).mkdir(parents=True)
@@ -48,7 +48,7 @@ def folder(tmp_path):
     return tmp_path / "pets"
 
 
-def test_torchvisions_arrays(mnist):
+def test_arrays_of_torchvision(mnist):
     train, val = (load_dataset("torch/mnist", mnist, split) for split in ("train", "val"))
     assert (len(train), len(val), train.channels, train.image_size) == (40, 20, 1, (28, 28))
     assert train.class_names[:2] == val.class_names[:2] == ("0 - zero", "1 - one")
@@ -59,7 +59,7 @@ def test_torchvisions_arrays(mnist):
     assert np.bincount(few.targets).tolist() == [2] * 10
 
 
-def test_torchvisions_files(folder):
+def test_files_of_torchvision(folder):
     train, val = (load_dataset("torch/image_folder", folder, split) for split in ("train", "val"))
     own = [load_dataset(data_dir=folder, split=split) for split in ("train", "val")]
     for data, same in ((train, own[0]), (val, own[1])):
@@ -69,13 +69,13 @@ def test_torchvisions_files(folder):
         assert [image.tobytes() for image, _ in data] == [image.tobytes() for image, _ in same]
 
 
-def test_finetune_takes_timms_names(mnist, tmp_path):
+def test_finetune_accepts_timms_names(mnist, tmp_path):
     finetune.main(["--dataset", "torch/mnist", "--data-dir", str(mnist), "--output", str(tmp_path / "out"), *QUICK])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 20
 
 
 class Table:
-    """What timm's reader of a Hugging Face table offers."""
+    """A stand-in for timm's reader of a Hugging Face data set."""
 
     def __init__(self, count, named=True, bad=()):
         self.count, self.bad = count, bad
@@ -112,7 +112,7 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def test_a_table_is_read_by_place(tables):
+def test_random_access_to_a_hugging_face_data_set(tables):
     train, val = (load_dataset("hfds/pets", None, split) for split in ("train", "val"))
     assert (len(train), len(val), train.channels, train.image_size) == (8, 4, 3, (4, 6))
     assert train.class_names == ("ant", "bee")
@@ -125,18 +125,18 @@ def test_a_table_is_read_by_place(tables):
     assert len(prints) == 3
 
 
-def test_classes_without_names_go_by_number(tables):
+def test_classes_without_names_are_named_by_number(tables):
     tables["train"].class_to_idx = {}
     assert load_dataset("hfds/pets", None, "val").class_names == ("0", "1")
 
 
-def test_bad_images_of_a_table_are_named_before_training(tables):
+def test_bad_images_of_a_hugging_face_data_set_are_reported_before_training(tables):
     tables["train"].bad = (3, 5)
     with pytest.raises(ValueError, match=r"image 3 of hfds/pets cannot be read .*2 of 8 images are bad"):
         load_dataset("hfds/pets")
 
 
-def test_a_real_table(folder, tmp_path, monkeypatch):
+def test_a_real_hugging_face_data_set(folder, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     train, val = (load_dataset(f"hfds/{folder}", tmp_path / "cache", split) for split in ("train", "val"))
@@ -148,7 +148,7 @@ def missing_package(*args, **options):
     raise ModuleNotFoundError("No module named 'datasets'")
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_reported(monkeypatch):
     monkeypatch.setattr(sources, "create_dataset", missing_package)
     with pytest.raises(ValueError, match=r"'hfds/pets' needs the package datasets .*; pip install datasets"):
         load_dataset("hfds/pets")
@@ -158,23 +158,28 @@ BAD_NAMES = [
     ("torch/cifar10", "root", FileNotFoundError, r"'torch/cifar10' is not in '.*Dataset not found or corrupted"),
     ("torch/no_such", "root", ValueError, r"timm has no data set 'torch/no_such' \(Unknown torchvision dataset"),
     ("torch/mnist", None, ValueError, r"dataset 'torch/mnist' needs data_dir"),
-    ("torch/image_folder", "nothing", FileNotFoundError, r"nothing' is not there"),
+    ("torch/image_folder", "nothing", FileNotFoundError, r"nothing' does not exist"),
     ("torch/image_folder", "root", FileNotFoundError, r"has no train/"),
-    ("tfds/mnist", "root", ValueError, r"is a stream without places"),
-    ("nowhere/mnist", None, ValueError, r"unknown dataset 'nowhere/mnist'.*also torch/…, hfds/… and wds/"),
+    (
+        "tfds/mnist",
+        "root",
+        ValueError,
+        r"is a streaming data set: no random access, so it cannot be resumed or sharded exactly",
+    ),
+    ("nowhere/mnist", None, ValueError, r"unknown dataset 'nowhere/mnist'; expected .*torch/…, hfds/… or wds/"),
     ("digits", "root", ValueError, r"both dataset='digits' and data_dir="),
 ]
 
 
-@pytest.mark.parametrize(("name", "place", "kind", "message"), BAD_NAMES)
-def test_names_that_lead_nowhere_end_in_one_sentence(tmp_path, name, place, kind, message):
+@pytest.mark.parametrize(("name", "data_dir", "kind", "message"), BAD_NAMES)
+def test_bad_names_raise_a_clear_error(tmp_path, name, data_dir, kind, message):
     (tmp_path / "root").mkdir()
     with pytest.raises(kind, match=message):
-        load_dataset(name, place and tmp_path / place)
+        load_dataset(name, data_dir and tmp_path / data_dir)
 
 
-def test_no_foreign_pickle_is_opened(tmp_path):
-    """torchvision's CIFAR is pickled: only the files whose checksums torchvision knows are opened."""
+def test_untrusted_pickles_are_not_opened(tmp_path):
+    """CIFAR is pickled: torchvision opens only files with the expected checksums."""
 
     class Trap:
         def __reduce__(self):

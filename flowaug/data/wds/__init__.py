@@ -1,1 +1,1 @@
-"""webdataset shards: which there are, what they hold, as a data set, its batches."""
+"""webdataset shards: finding and reading them, as a data set, and as batches."""

@@ -1,4 +1,4 @@
-"""webdataset shards as a data set: streamed, shared out over processes and workers, bad samples skipped and counted."""
+"""webdataset shards as a streaming data set that skips and counts bad samples."""
 
 from __future__ import annotations
 
@@ -15,38 +15,37 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from flowaug.data.class_map import ClassMap, as_found, check_class_counts, numbered, read_class_map
+from flowaug.data.class_map import ClassMap, check_class_counts, read_class_map
 from flowaug.data.image_files import describe_error, grey_or_rgb, parallel_map
 from flowaug.data.images import to_pixels
 from flowaug.data.wds.index import ShardSet, find_shards
 from flowaug.data.wds.loader import StreamLoader
-from flowaug.data.wds.reader import Census, Sample, read_shards, sizes, take_census
+from flowaug.data.wds.reader import Sample, SampleCounts, count_samples, read_shards, sizes
 
-SHUFFLE_BUFFER = 2048  # undecoded samples per worker: some 250 MB of ImageNet
+SHUFFLE_BUFFER = 2048  # undecoded samples per worker: about 250 MB for ImageNet
 PROBED_SHARDS, PROBED_SAMPLES = 16, 16
-NAMED = 20  # of what was skipped, in metrics.json
+MAX_REPORTED = 20  # names of skipped samples in metrics.json
 
 log = logging.getLogger(__name__)
 
 
 class StreamDataset:
-    """The shards of one split; images are decoded as they pass and nothing is held.
+    """Images and labels of the webdataset shards of one split, decoded while reading and not kept in memory.
 
     Args:
-        shards: the files.
-        classes: labels by what the shards call a class.
-        name: what messages and file names call this data set.
+        shards: the shards.
+        classes: labels of the class names in the shards.
+        name: name of the data set in messages and file names.
         channels: 1 or 3.
-        count: samples that an epoch stands for.
-        faults: what is known to be wrong already, as ``skipped`` holds it.
+        count: number of samples per epoch.
+        faults: known errors, in the format of ``skipped``.
 
     Attributes:
-        class_names: the name of each class.
-        image_size: ``(H, W)`` of the first image.
-        skipped: {shard, or shard:key: what is wrong with it} of all that was passed over so far.
+        image_size: (H, W) of the first image.
+        skipped: ``{shard or shard:key: error}`` of the shards and samples skipped so far.
 
     Raises:
-        ValueError: no sample can be used.
+        ValueError: there is no usable sample.
     """
 
     grey_levels = 256
@@ -54,50 +53,64 @@ class StreamDataset:
     def __init__(
         self, shards: ShardSet, classes: ClassMap, *, name: str, channels: int, count: int, faults: dict[str, str]
     ):
-        self.shards, self.classes, self.name, self.channels, self.count = shards, classes, name, channels, count
+        self.shards = shards
+        self.classes = classes
+        self.name = name
+        self.channels = channels
+        self.count = count
         self.skipped: dict[str, str] = {}
         self.note(faults)
-        self.image_size = self._first_size()
+        self.image_size = self._find_size()
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each class."""
+        """Names of the classes in label order."""
         return self.classes.names
 
     def __len__(self) -> int:
         return self.count
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the classes and the names and sizes of the shards."""
+        """Return a hash (16 hex digits) of the classes and the names and sizes of the shards."""
         facts = (self.classes.table, self.class_names, self.channels, self.shards.field, sizes(self.shards))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def decoded(self, paths: Sequence[Path], skipped: dict[str, str]) -> Iterator[tuple[Image.Image, int]]:
-        """Image and label of every good sample in order; the others are named in ``skipped``."""
+        """Yield the image and label of every good sample of some shards, in order.
+
+        Args:
+            paths: the shards.
+            skipped: dictionary to which bad samples and damaged shards are added.
+        """
         return self._decode(read_shards(paths, skipped), skipped)
 
     def endless(
-        self, lane: int, lanes: int, copies: int, key: str, skipped: dict[str, str]
+        self, worker_index: int, num_workers: int, repeats: int, key: str, skipped: dict[str, str]
     ) -> Iterator[tuple[Image.Image, int]]:
-        """Good samples of an epoch in random order: first those of this lane's shards, then of any, without end.
+        """Yield the image and label of good samples of an epoch in random order, without end.
+
+        The samples of this worker's shards come first, ``repeats`` times. Samples of random shards follow, so that
+        workers with few shards get as many samples as the others.
 
         Args:
-            lane: which share of the shards.
-            lanes: how many shares there are, over all processes and their workers.
-            copies: how often this lane's shards come before the others.
-            key: of the epoch: every lane sees the same order of shards before they are shared out.
-            skipped: takes the names of the others.
+            worker_index: index of this worker among the workers of all processes.
+            num_workers: number of workers of all processes.
+            repeats: number of passes over this worker's shards.
+            key: seed of the epoch, the same for all workers, which divide one random order of the shards.
+            skipped: dictionary to which bad samples and damaged shards are added.
         """
-        shards, rng = list(self.shards.paths), random.Random(f"{key}/{lane}")
+        shards = list(self.shards.paths)
         random.Random(key).shuffle(shards)
-        own = itertools.repeat(shards[lane::lanes], copies)
-        others = (rng.sample(shards, len(shards)) for _ in itertools.count())  # where shards are few, these fill in
-        for part in itertools.chain(own, others):
-            raw = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=rng)(read_shards(part, skipped))
-            yield from self._decode(raw, skipped)
+        rng = random.Random(f"{key}/{worker_index}")
+
+        worker_shards = itertools.repeat(shards[worker_index::num_workers], repeats)
+        all_shards = (rng.sample(shards, len(shards)) for _ in itertools.count())
+        for paths in itertools.chain(worker_shards, all_shards):
+            shuffle = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=rng)
+            yield from self._decode(shuffle(read_shards(paths, skipped)), skipped)
 
     def examples(self, limit: int = 10) -> list[tuple[Image.Image, int]]:
-        """The first image of each of the first ``limit`` classes met, in the order of the labels."""
+        """Return the first image and the label of each of the first ``limit`` classes found, sorted by label."""
         found: dict[int, Image.Image] = {}
         for image, label in self.decoded(self.shards.paths, {}):
             found.setdefault(label, image)
@@ -106,9 +119,12 @@ class StreamDataset:
         return [(found[label], label) for label in sorted(found)]
 
     def read_table(self, size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
-        """Every good sample, once, in memory: uint8 (N, channels, H, W) and labels (N,), in the order of the shards."""
+        """Return all good samples as uint8 (N, channels, H, W) and labels (N,), in the order of the shards.
+
+        Images are resized to ``size`` = (H, W).
+        """
         parts = parallel_map(
-            lambda path: self._shard_table(path, size, channels), self.shards.paths, "reading shards", " shards", 1
+            lambda path: self._read_shard(path, size, channels), self.shards.paths, "reading shards", " shards", 1
         )
         images, labels, skipped = zip(*parts, strict=True)
         for names in skipped:
@@ -116,23 +132,25 @@ class StreamDataset:
         return torch.cat(images), torch.cat(labels)
 
     def stream_loader(self, transform: Callable, batch_size: int, training: bool, *options) -> StreamLoader:
-        """A loader of batches; ``options`` are seed, workers, rank, world size and copies."""
+        """Create a ``StreamLoader``; ``options`` are its seed, workers, process_index, num_processes and repeats."""
         return StreamLoader(self, transform, batch_size, training, *options)
 
     def note(self, names: dict[str, str]) -> None:
-        """Count samples and shards as skipped, and warn of those that were not known yet."""
+        """Add samples and shards to ``skipped``, and log a warning if some of them are new."""
         new = sorted(names.keys() - self.skipped.keys())
         if new:
             more = f" and {len(new) - 1} more" if len(new) > 1 else ""
             log.warning("skipped %s (%s)%s", new[0], names[new[0]], more)
         self.skipped.update(names)
 
-    def _first_size(self) -> tuple[int, int]:
-        """Height and width of the first good image; that there is one keeps endless streams from waiting for it."""
+    def _find_size(self) -> tuple[int, int]:
+        """Return (H, W) of the first good image, and raise if there is none: ``endless`` would search forever."""
         skipped: dict[str, str] = {}
         for image, _ in self.decoded(self.shards.paths, skipped):
             return image.size[::-1]
-        raise ValueError(f"no sample can be used in {_where(self.shards)}: {_first(skipped)}")
+        raise ValueError(
+            f"no sample of {_describe_shards(self.shards)} can be used; first error: {_first_fault(skipped)}"
+        )
 
     def _decode(self, samples: Iterator[Sample], skipped: dict[str, str]) -> Iterator[tuple[Image.Image, int]]:
         for sample in samples:
@@ -145,16 +163,19 @@ class StreamDataset:
         name = sample.label_name(self.shards.field)
         label = self.classes.label(name)
         if label is None:
-            raise ValueError(f"label {name!r} is none of the {len(self.class_names)} classes of {self.classes.origin}")
+            raise ValueError(
+                f"label {name!r} is not one of the {len(self.class_names)} classes of {self.classes.origin}"
+            )
         return label
 
-    def _shard_table(self, path: Path, size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor, dict[str, str]]:
+    def _read_shard(self, path: Path, size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor, dict[str, str]]:
+        """Return the images, the labels and the skipped samples of one shard."""
         skipped: dict[str, str] = {}
-        pairs = [(to_pixels(image, size, channels), label) for image, label in self.decoded([path], skipped)]
-        images = torch.empty(len(pairs), channels, *size, dtype=torch.uint8)
-        for row, (pixels, _) in zip(images, pairs, strict=True):
+        samples = [(to_pixels(image, size, channels), label) for image, label in self.decoded([path], skipped)]
+        images = torch.empty(len(samples), channels, *size, dtype=torch.uint8)
+        for row, (pixels, _) in zip(images, samples, strict=True):
             row.copy_(pixels)
-        labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
+        labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
         return images, labels, skipped
 
 
@@ -165,93 +186,114 @@ def open_stream(
     num_classes: int | None = None,
     train_samples: int | None = None,
 ) -> StreamDataset:
-    """One split of a folder or pattern of shards.
+    """Open one split of a folder or pattern of webdataset shards.
 
-    Samples are counted and labels checked in one pass over the headers, kept in the user's cache, unless both the
-    number of training samples and the classes are declared.
+    Samples are counted and their labels checked in one pass over the shards, whose result is cached. The training
+    shards are not counted if both the number of training samples and the classes are given.
 
     Args:
-        source: folder, or paths with braces or asterisks, as `find_shards` takes them.
+        source: folder, or paths with braces or asterisks, see ``flowaug.data.wds.index.find_shards``.
         split: "train" or "val".
-        class_map: JSON file, see `read_class_map`.
-        num_classes: number of classes; labels are then 0 .. N - 1.
-        train_samples: samples that a training epoch stands for.
+        class_map: JSON file with the label of each class, see ``flowaug.data.class_map.read_class_map``.
+        num_classes: number of classes; without ``class_map``, the labels must be 0 .. num_classes - 1.
+        train_samples: number of samples per training epoch; None uses the number in ``_info.json`` or counts them.
 
     Raises:
-        ValueError: labels that do not fit together, or nothing to read.
-        FileNotFoundError: shards or the class map are not there.
+        ValueError: labels are inconsistent, a class has too few images, or there is no usable sample.
+        FileNotFoundError: a shard, the shards of a split or the class map do not exist.
     """
     source = Path(source).expanduser()
     splits = find_shards(source)
     declared = train_samples or splits["train"].declared
-    classes, train = _settle_classes(splits["train"], class_map, num_classes, declared)
-    census = train if split == "train" else take_census(splits["val"])
-    classes.labels(census.labels)
-    count = declared if split == "train" and declared else census.count
-    name = (source if source.is_dir() else source.parent).resolve().name
-    options = {"name": name, "channels": _channels(splits["train"]), "count": count, "faults": census.faults}
-    return StreamDataset(splits[split], classes, **options)
+    classes, train_counts = _resolve_classes(splits["train"], class_map, num_classes, declared)
+
+    counts = train_counts if split == "train" else count_samples(splits["val"])
+    classes.labels(counts.labels)  # raises an error for unknown classes
+    return StreamDataset(
+        splits[split],
+        classes,
+        name=(source if source.is_dir() else source.parent).resolve().name,
+        channels=_find_channels(splits["train"]),
+        count=declared if split == "train" and declared else counts.count,
+        faults=counts.faults,
+    )
 
 
 def count_skipped(sets: dict[str, object], gather: Callable[[list], list] = list) -> dict:
-    """What was passed over in each set that is a stream: samples, shards and the first names, over all processes.
+    """Count what all processes skipped in each data set that is a stream.
 
     Args:
         sets: data sets by the name of their split.
-        gather: joins lists of all processes; every process must call it.
+        gather: function that joins the lists of all processes; every process must call ``count_skipped``.
+
+    Returns:
+        ``{split: {"samples": count, "shards": count, "names": {name: error}}}`` with the first ``MAX_REPORTED`` names.
     """
-    return {split: _summary(data, gather) for split, data in sets.items() if isinstance(data, StreamDataset)}
+    return {split: _count_skipped(data, gather) for split, data in sets.items() if isinstance(data, StreamDataset)}
 
 
-def _summary(data: StreamDataset, gather: Callable[[list], list]) -> dict:
+def _count_skipped(data: StreamDataset, gather: Callable[[list], list]) -> dict:
     names = dict(sorted(item for part in gather([data.skipped]) for item in part.items()))
     shards = len(names.keys() & {str(path) for path in data.shards.paths})
-    return {"samples": len(names) - shards, "shards": shards, "names": dict(itertools.islice(names.items(), NAMED))}
+    return {
+        "samples": len(names) - shards,
+        "shards": shards,
+        "names": dict(itertools.islice(names.items(), MAX_REPORTED)),
+    }
 
 
-def _settle_classes(
+def _resolve_classes(
     shards: ShardSet, class_map: Path | None, num_classes: int | None, declared: int | None
-) -> tuple[ClassMap, Census]:
-    """The classes of the training shards, and what they hold: by the headers, or as declared where all of it is."""
-    known = class_map is not None or num_classes is not None
-    classes = (read_class_map(class_map) if class_map is not None else numbered(num_classes)) if known else None
+) -> tuple[ClassMap, SampleCounts]:
+    """Return the classes and the sample counts of the training shards, which are only counted if necessary."""
+    classes = None
+    if class_map is not None:
+        classes = read_class_map(class_map)
+    elif num_classes is not None:
+        classes = ClassMap.identity_map(num_classes)
+
     if classes is not None and declared is not None:
         classes.check_count(num_classes)
-        return classes, Census(declared, {}, {})
-    census = take_census(shards)
-    if not census.count:
-        raise ValueError(f"no sample with an image and a label in {_where(shards)}: {_first(census.faults)}")
-    classes = classes or _classes_found(census, shards)
-    classes.check_count(num_classes)
-    labels, counts = classes.labels(census.labels), list(census.labels.values())
-    per_class = np.bincount(labels, counts, len(classes.names)).astype(int).tolist()
-    check_class_counts(dict(zip(classes.names, per_class, strict=True)), 2, _where(shards))
-    return classes, census
+        return classes, SampleCounts(declared, {}, {})
 
-
-def _classes_found(census: Census, shards: ShardSet) -> ClassMap:
-    """Classes by number where every label is one, else by name in alphabetical order."""
-    if not all(label.isdecimal() for label in census.labels):
-        return as_found(sorted(census.labels), _where(shards))
-    largest = max(map(int, census.labels))
-    if largest >= census.count:
+    counts = count_samples(shards)
+    if not counts.count:
         raise ValueError(
-            f"labels run up to {largest} but {_where(shards)} hold only {census.count} samples; "
+            f"no sample of {_describe_shards(shards)} has an image and a label; first error: "
+            f"{_first_fault(counts.faults)}"
+        )
+    classes = classes or _find_classes(counts, shards)
+    classes.check_count(num_classes)
+
+    labels = classes.labels(counts.labels)
+    per_class = np.bincount(labels, list(counts.labels.values()), len(classes.names)).astype(int).tolist()
+    check_class_counts(dict(zip(classes.names, per_class, strict=True)), 2, _describe_shards(shards))
+    return classes, counts
+
+
+def _find_classes(counts: SampleCounts, shards: ShardSet) -> ClassMap:
+    """Return the classes of the labels found: by number if all labels are numbers, else by name, sorted."""
+    if not all(label.isdecimal() for label in counts.labels):
+        return ClassMap.from_names(sorted(counts.labels), _describe_shards(shards))
+    largest = max(map(int, counts.labels))
+    if largest >= counts.count:
+        raise ValueError(
+            f"the largest label is {largest}, but {_describe_shards(shards)} have only {counts.count} samples; "
             "give a class map (--class-map) that numbers the classes from 0"
         )
-    return numbered(largest + 1)
+    return ClassMap.identity_map(largest + 1)
 
 
-def _channels(shards: ShardSet) -> int:
-    """1 if the first images of some shards are all grey, else 3."""
-    some = shards.paths[:: max(1, len(shards.paths) // PROBED_SHARDS)]
-    heads = (itertools.islice(read_shards([path], {}), PROBED_SAMPLES) for path in some)
-    return grey_or_rgb(filter(None, (sample.mode for head in heads for sample in head)))
+def _find_channels(shards: ShardSet) -> int:
+    """Return 1 if the first images of a sample of the shards are all greyscale, else 3."""
+    probed = shards.paths[:: max(1, len(shards.paths) // PROBED_SHARDS)]
+    samples = (itertools.islice(read_shards([path], {}), PROBED_SAMPLES) for path in probed)
+    return grey_or_rgb(filter(None, (sample.mode for shard in samples for sample in shard)))
 
 
-def _where(shards: ShardSet) -> str:
-    return f"the {len(shards.paths)} shards from {str(shards.paths[0])!r} on"
+def _describe_shards(shards: ShardSet) -> str:
+    return f"the {len(shards.paths)} shard(s) starting with {str(shards.paths[0])!r}"
 
 
-def _first(faults: dict[str, str]) -> str:
-    return ": ".join(next(iter(faults.items()), ("they are empty",)))
+def _first_fault(faults: dict[str, str]) -> str:
+    return ": ".join(next(iter(faults.items()), ("the shards are empty",)))

@@ -1,4 +1,4 @@
-"""Batches of a stream: shared out over processes and their workers, as many on each, resumable within an epoch."""
+"""Batches of a stream of shards, divided over processes and their workers, and resumable within an epoch."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from flowaug.data.loaders import check_batch_size, seeded
 
 
 class StreamLoader:
-    """Batches of a stream, with as many steps on every process and resumable within an epoch.
+    """A data loader of a stream of shards, resumable within an epoch.
 
-    The order depends on (seed, epoch, rank, worker), so on the number of workers too, and the random transforms of an
-    image on (seed, epoch, rank, step, place in the batch). In training, ranks make ``len(loader)`` steps whatever their
-    shards hold; in evaluation each sample is seen once over all ranks, and ranks may differ in steps.
+    In training, every process gets ``len(loader)`` full batches per epoch, whatever the number of samples in its
+    shards. In evaluation, each sample is read exactly once over all processes, so their numbers of batches may differ.
+
+    The order depends on (seed, epoch, process_index, worker), so also on the number of workers. The random transform
+    of an image depends on (seed, epoch, process_index, batch number, position in the batch).
 
     Args:
-        data: the stream.
+        data: the ``StreamDataset``.
         transform: applied to each PIL image.
-        batch_size: images per batch and rank.
-        training: random order and whole batches, or each sample once.
-        seed: seed of order and transforms.
-        workers: loader processes.
-        rank: this process.
-        world_size: number of processes.
-        copies: visits to each sample per training epoch.
+        batch_size: images per batch and process.
+        training: random order and full batches; otherwise each sample once, in order.
+        seed: seed of the order and the transforms.
+        workers: number of worker processes; 0 loads in this process.
+        process_index: index of this process.
+        num_processes: number of processes.
+        repeats: visits to each sample per training epoch.
 
     Raises:
-        ValueError: no batch at all.
+        ValueError: there is no batch.
     """
 
     def __init__(
@@ -43,35 +45,52 @@ class StreamLoader:
         training: bool,
         seed: int,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        copies: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+        repeats: int = 1,
     ):
-        check_batch_size(batch_size, len(data) * copies // world_size, training)
-        self.data, self.transform, self.batch_size, self.training = data, transform, batch_size, training
-        self.seed, self.workers, self.rank, self.world_size = seed, workers, rank, world_size
-        self.copies = copies
+        check_batch_size(batch_size, len(data) * repeats // num_processes, training)
+        self.data = data
+        self.transform = transform
+        self.batch_size = batch_size
+        self.training = training
+        self.seed = seed
+        self.workers = workers
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.repeats = repeats
         self.set_epoch(0)
 
     @property
     def sampler(self) -> StreamLoader:
-        """What ``set_epoch`` is called on."""
+        """The object with ``set_epoch``, as in a ``DataLoader`` of ``create_loader``."""
         return self
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Make the next pass that of ``epoch`` without its first ``skip`` images, which are read, not transformed."""
+        """Set the epoch of the next pass, and the number of images to skip at its beginning.
+
+        Skipped images are read, but not transformed.
+        """
         self.epoch, self.skip = epoch, skip
 
     def __len__(self) -> int:
         if not self.training:
-            raise TypeError("an evaluation stream ends when its shards do; iterate to the end instead of taking len()")
-        return len(self.data) * self.copies // self.world_size // self.batch_size
+            raise TypeError(
+                "the number of batches of an evaluation stream is unknown before its shards are read; iterate to the "
+                "end instead of calling len()"
+            )
+        return len(self.data) * self.repeats // self.num_processes // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = StreamBatches(self, self.epoch, self.skip // self.batch_size)
         self.set_epoch(self.epoch + 1)
-        options = {"num_workers": self.workers, "generator": torch.Generator().manual_seed(self.seed)}
-        loader = DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available(), **options)
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(self.seed),
+            pin_memory=torch.cuda.is_available(),
+        )
         for x, y, skipped in loader:
             self.data.note(skipped)
             if len(y):
@@ -79,39 +98,68 @@ class StreamLoader:
 
 
 class StreamBatches(IterableDataset):
-    """One epoch of a stream, from batch ``start`` on: (images, labels, skipped since the batch before) by worker."""
+    """The batches of one epoch of a stream.
+
+    Each item is a batch of images, their labels, and the samples that this worker skipped since its previous batch. A
+    worker makes every ``num_workers``-th batch.
+
+    Args:
+        loader: the loader with the data and the settings.
+        epoch: number of the epoch.
+        start: number of the first batch.
+    """
 
     def __init__(self, loader: StreamLoader, epoch: int, start: int):
-        self.loader, self.epoch, self.start = loader, epoch, start
+        self.loader = loader
+        self.epoch = epoch
+        self.start = start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, str]]]:
-        info, loader = get_worker_info(), self.loader
-        workers = info.num_workers if info else 1
-        worker = ((info.id if info else 0) + self.start) % workers  # batches come from the workers in turn, from 0 on
+        loader = self.loader
+        info = get_worker_info()
+        num_workers = info.num_workers if info else 1
+        worker_id = info.id if info else 0
+        # The DataLoader takes batches from the workers in turn, starting with worker 0, which therefore makes batch
+        # number ``start``.
+        worker_index = (worker_id + self.start) % num_workers
+
         skipped: dict[str, str] = {}
-        pairs = self._pairs(worker, workers, skipped)
-        for number in range(worker, len(loader), workers) if loader.training else itertools.count(worker, workers):
-            part = list(itertools.islice(pairs, loader.batch_size))
+        samples = self._samples(worker_index, num_workers, skipped)
+        numbers = (
+            range(worker_index, len(loader), num_workers)
+            if loader.training
+            else itertools.count(worker_index, num_workers)
+        )
+        for number in numbers:
+            batch = list(itertools.islice(samples, loader.batch_size))
             if number >= self.start:
-                yield *self._collate(part, number), dict(skipped)
+                yield *self._collate(batch, number), dict(skipped)
                 skipped.clear()
-            if len(part) < loader.batch_size:
+            if len(batch) < loader.batch_size:
                 return
 
-    def _pairs(self, worker: int, workers: int, skipped: dict[str, str]) -> Iterator[tuple[Image.Image, int]]:
+    def _samples(
+        self, worker_index: int, num_workers: int, skipped: dict[str, str]
+    ) -> Iterator[tuple[Image.Image, int]]:
+        """Return the images and labels of one worker of this process."""
         loader = self.loader
         if loader.training:
-            lane, lanes = loader.rank + loader.world_size * worker, loader.world_size * workers
-            return loader.data.endless(lane, lanes, loader.copies, f"{loader.seed}/{self.epoch}", skipped)
-        own = loader.data.shards.paths[loader.rank :: loader.world_size][worker::workers]
-        return loader.data.decoded(own, skipped)
+            return loader.data.endless(
+                loader.process_index + loader.num_processes * worker_index,
+                loader.num_processes * num_workers,
+                loader.repeats,
+                f"{loader.seed}/{self.epoch}",
+                skipped,
+            )
+        process_shards = loader.data.shards.paths[loader.process_index :: loader.num_processes]
+        return loader.data.decoded(process_shards[worker_index::num_workers], skipped)
 
-    def _collate(self, part: list[tuple[Image.Image, int]], number: int) -> tuple[Tensor, Tensor]:
-        if not part:
+    def _collate(self, batch: list[tuple[Image.Image, int]], number: int) -> tuple[Tensor, Tensor]:
+        if not batch:
             return torch.empty(0), torch.empty(0, dtype=torch.int64)
-        images = [self._transform(image, number, place) for place, (image, _) in enumerate(part)]
-        return default_collate(images), torch.tensor([label for _, label in part])
+        images = [self._transform(image, number, position) for position, (image, _) in enumerate(batch)]
+        return default_collate(images), torch.tensor([label for _, label in batch])
 
-    def _transform(self, image: Image.Image, number: int, place: int):
-        with seeded(self.loader.seed, self.epoch, self.loader.rank, number, place):
+    def _transform(self, image: Image.Image, number: int, position: int):
+        with seeded(self.loader.seed, self.epoch, self.loader.process_index, number, position):
             return self.loader.transform(image)

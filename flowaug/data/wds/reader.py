@@ -1,4 +1,4 @@
-"""What webdataset shards hold: their samples one by one, and a count of them; nothing is unpickled."""
+"""Read and count the samples of webdataset shards, without unpickling anything."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from flowaug.files import write_json
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 LABEL_KEYS = ("cls", "json", "txt")
-LABEL_FIELDS = ("label", "cls", "class", "target")  # of a json file, in this order
-DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError)  # what a broken archive raises
-BLOCK = 512
+LABEL_FIELDS = ("label", "cls", "class", "target")  # fields of a JSON file, tried in this order
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError)  # exceptions raised by a damaged archive
+BLOCK = 512  # bytes of a tar header
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of one sample: those of one key that stand together in a shard."""
+    """The files of one sample: consecutive files of a shard with the same key.
+
+    Attributes:
+        shard: the .tar file.
+        key: path of the files in the shard, without their suffixes.
+        files: ``{suffix: contents}``.
+    """
 
     shard: Path
     key: str
@@ -37,39 +43,42 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """Shard and key."""
+        """The shard and the key."""
         return f"{self.shard}:{self.key}"
 
     def label_name(self, field: str | None = None) -> str:
-        """What the label file says: a number or a class name, as text.
+        """Return the label of the label file as text: a number or a class name.
+
+        Args:
+            field: field of a JSON file that holds the label; None tries ``LABEL_FIELDS``.
 
         Raises:
-            ValueError: there is no label file, or it holds neither.
+            ValueError: there is no label file, or it contains neither a number nor a name.
         """
         suffix = next((key for key in LABEL_KEYS if key in self.files), None)
         if suffix is None:
-            raise ValueError(f"no label: none of {', '.join(LABEL_KEYS)}")
+            raise ValueError(f"no label file; expected one of {', '.join(LABEL_KEYS)}")
         text = self.files[suffix].decode("utf-8").strip()
         text = _json_label(text, field) if suffix == "json" else text
         if not text:
-            raise ValueError(f"its .{suffix} is empty")
+            raise ValueError(f"the .{suffix} file is empty; expected a number or a class name")
         if text.startswith("-") and text[1:].isdecimal():
-            raise ValueError(f"label {text}: negative numbers stand for no label")
+            raise ValueError(f"label is {text}; expected a non-negative number or a class name")
         return str(int(text)) if text.isdecimal() else text
 
     def image(self, mode: str) -> Image.Image:
-        """The image, decoded to its end, in mode "L" or "RGB".
+        """Decode the image and convert it to mode "L" or "RGB".
 
         Raises:
             ValueError: there is no image file.
-            Exception: whatever the decoder raises at a bad one.
+            Exception: the image is bad; the type depends on its decoder.
         """
         with Image.open(io.BytesIO(self.files[self.image_key()])) as image:
             return to_mode(image, mode)
 
     @property
     def mode(self) -> str | None:
-        """PIL's mode by the header of the image; None if that cannot be read."""
+        """The PIL mode in the header of the image; None if it cannot be read."""
         try:
             with Image.open(io.BytesIO(self.files[self.image_key()])) as image:
                 return image.mode
@@ -77,21 +86,25 @@ class Sample:
             return None
 
     def image_key(self) -> str:
-        """The suffix of the image file."""
+        """Return the suffix of the image file.
+
+        Raises:
+            ValueError: there is no image file.
+        """
         suffix = next((key for key in IMAGE_KEYS if key in self.files), None)
         if suffix is None:
-            raise ValueError(f"no image: none of {', '.join(IMAGE_KEYS)}")
+            raise ValueError(f"no image file; expected one of {', '.join(IMAGE_KEYS)}")
         return suffix
 
 
 @dataclass(frozen=True)
-class Census:
-    """What a pass over the headers of a split found.
+class SampleCounts:
+    """Counts of the samples of a split.
 
     Attributes:
-        count: samples that have an image and a label.
-        labels: {label as written: samples}.
-        faults: {shard, or shard:key: what is wrong with it}.
+        count: number of samples with an image file and a label.
+        labels: ``{label as text: number of samples}``.
+        faults: ``{shard or shard:key: error}`` of damaged shards and bad samples.
     """
 
     count: int
@@ -100,25 +113,30 @@ class Census:
 
 
 def read_shard(path: Path, pixels: bool = True) -> Iterator[Sample]:
-    """The samples of a shard in order; one that damage cuts off, or may have cut off, is not among them.
+    """Yield the samples of a shard in order.
+
+    In a damaged archive, the last sample before the damage is left out if it may be incomplete.
 
     Args:
         path: an uncompressed .tar file.
-        pixels: read the image files too; otherwise their bytes are passed over.
+        pixels: read the image files too; otherwise their contents are empty.
 
     Raises:
-        tarfile.TarError, OSError, EOFError, ValueError: the archive is damaged from here on (`DAMAGE`).
+        tarfile.TarError, OSError, EOFError, ValueError: the archive is damaged from here on (``DAMAGE``).
     """
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for key, group in itertools.groupby(_members(tar), lambda member: member[0]):
-            wanted = (m for m in group if m[1] in (*IMAGE_KEYS, *LABEL_KEYS))
-            yield Sample(
-                path, key, {s: tar.extractfile(m).read() if pixels or s in LABEL_KEYS else b"" for _, s, m in wanted}
-            )
+            files = {}
+            for _, suffix, header in group:
+                if suffix in LABEL_KEYS or (suffix in IMAGE_KEYS and pixels):
+                    files[suffix] = tar.extractfile(header).read()
+                elif suffix in IMAGE_KEYS:
+                    files[suffix] = b""
+            yield Sample(path, key, files)
 
 
 def read_shards(paths: Sequence[Path], skipped: dict[str, str]) -> Iterator[Sample]:
-    """The samples of several shards; a damaged one ends early and is named in ``skipped``."""
+    """Yield the samples of several shards; damaged shards end early and are added to ``skipped``."""
     for path in paths:
         try:
             yield from read_shard(path)
@@ -126,65 +144,70 @@ def read_shards(paths: Sequence[Path], skipped: dict[str, str]) -> Iterator[Samp
             skipped[str(path)] = describe_error(error)
 
 
-def take_census(shards: ShardSet) -> Census:
-    """Count samples and labels by the headers of the shards; kept in the user's cache until a shard changes."""
-    path = cache_folder() / "shards" / f"{_identity(shards)}.json"
+def count_samples(shards: ShardSet) -> SampleCounts:
+    """Count the samples of each label, without decoding images.
+
+    The result is cached in ``cache_folder()`` until the path, size or modification time of a shard changes.
+    """
+    path = cache_folder() / "shards" / f"{_cache_key(shards)}.json"
     try:
-        return Census(**json.loads(path.read_text(encoding="utf-8")))
+        return SampleCounts(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        census = _count(shards)
+        counts = _count(shards)
+
     try:
-        write_json(path, vars(census))
+        write_json(path, vars(counts))
     except OSError:
-        pass  # a cache that cannot be written costs the next run a pass, no more
-    return census
+        pass  # without a cache, the next run counts again
+    return counts
 
 
 def cache_folder() -> Path:
-    """Where what can be worked out again is kept: the environment's FLOWAUG_CACHE or ``~/.cache/flowaug``."""
+    """Return the folder of cached results: the environment variable FLOWAUG_CACHE or ``~/.cache/flowaug``."""
     return Path(os.environ.get("FLOWAUG_CACHE") or "~/.cache/flowaug").expanduser()
 
 
 def sizes(shards: ShardSet) -> list[tuple[str, int]]:
-    """Name and bytes of each shard."""
+    """Return the name and the size in bytes of each shard."""
     return [(path.name, path.stat().st_size) for path in shards.paths]
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Key, suffix and header of each file."""
+    """Yield the key, suffix and header of each file, and raise ``tarfile.ReadError`` if the archive is truncated."""
     while (member := tar.next()) is not None:
-        tar.members.clear()  # or a shard's headers pile up in memory
+        tar.members.clear()  # tarfile would keep the headers of the whole shard in memory
         key, suffix = base_plus_ext(member.name)
         if member.isfile() and key is not None:
             yield key, suffix.lower(), member
     tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile ends in silence at a bad header
+    if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile stops without an error at a bad header
         raise tarfile.ReadError(f"no end-of-archive mark at byte {tar.offset}")
 
 
 def _json_label(text: str, field: str | None) -> str:
-    """The label in a json file: the value itself or a field of it."""
+    """Return the label in a JSON file, which is its value or a field of it, as text."""
     value = json.loads(text)
     if isinstance(value, dict):
         fields = (field,) if field else LABEL_FIELDS
         value = next((value[name] for name in fields if name in value), None)
         if value is None:
-            raise ValueError(f"its .json has no field {' or '.join(fields)}")
+            raise ValueError(f"the .json file has no field {' or '.join(fields)}")
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"its .json has a label of type {type(value).__name__}, expected a number or a name")
+        raise ValueError(f"the .json file has a label of type {type(value).__name__}; expected a number or a name")
     return str(value)
 
 
-def _count(shards: ShardSet) -> Census:
+def _count(shards: ShardSet) -> SampleCounts:
     parts = parallel_map(lambda path: _count_shard(path, shards.field), shards.paths, "counting samples", " shards", 1)
     labels, faults = Counter(), {}
-    for counts, wrong in parts:
-        labels.update(counts)
-        faults.update(wrong)
-    return Census(labels.total(), dict(labels), faults)
+    for shard_labels, shard_faults in parts:
+        labels.update(shard_labels)
+        faults.update(shard_faults)
+    return SampleCounts(labels.total(), dict(labels), faults)
 
 
 def _count_shard(path: Path, field: str | None) -> tuple[Counter, dict[str, str]]:
+    """Return the number of samples of each label, and the errors, of one shard."""
     labels, faults = Counter(), {}
     try:
         for sample in read_shard(path, pixels=False):
@@ -198,11 +221,11 @@ def _count_shard(path: Path, field: str | None) -> tuple[Counter, dict[str, str]
     return labels, faults
 
 
-def _identity(shards: ShardSet) -> str:
-    facts = [(str(path.resolve()), *_stamp(path)) for path in shards.paths]
-    return hashlib.sha256(repr((facts, shards.field)).encode()).hexdigest()[:16]
+def _cache_key(shards: ShardSet) -> str:
+    files = [(str(path.resolve()), *_size_and_mtime(path)) for path in shards.paths]
+    return hashlib.sha256(repr((files, shards.field)).encode()).hexdigest()[:16]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _size_and_mtime(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
