@@ -1,7 +1,8 @@
-"""Fine-tune a timm model: the same as ``flowaug finetune``."""
+"""Fine-tune a timm model: ``flowaug finetune`` as a script."""
 
-from flowaug.training.finetune import *  # noqa: F403
-from flowaug.training.finetune import main
+from flowaug.training.finetune import Training, main
+
+__all__ = ["Training", "main"]
 
 if __name__ == "__main__":
-    main()
+    main(prog="finetune.py")

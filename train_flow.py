@@ -1,7 +1,8 @@
-"""Train a conditional normalizing flow: the same as ``flowaug train-flow``."""
+"""Train a flow: ``flowaug train-flow`` as a script."""
 
-from flowaug.training.train_flow import *  # noqa: F403
-from flowaug.training.train_flow import main
+from flowaug.training.train_flow import FlowTraining, main
+
+__all__ = ["FlowTraining", "main"]
 
 if __name__ == "__main__":
-    main()
+    main(prog="train_flow.py")

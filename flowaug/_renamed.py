@@ -1,4 +1,4 @@
-"""Import paths of version 0.1 that documentation and examples showed: they give the same modules as the new paths."""
+"""Import paths of version 0.1 that appeared in the documentation; they import the same modules as the new paths."""
 
 import importlib
 import sys
@@ -20,7 +20,7 @@ RENAMED = {
 
 
 class _RenamedModules(MetaPathFinder, Loader):
-    """Find a module under its old name by importing it under its new one."""
+    """Finder and loader that resolve an old module name to the module of the new name."""
 
     def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in RENAMED else None
@@ -30,9 +30,9 @@ class _RenamedModules(MetaPathFinder, Loader):
         return sys.modules[RENAMED[spec.name]]
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # the import system has set it to that of the old name
+        module.__spec__ = self._spec  # the import system has replaced it by the spec of the old name
 
 
 def install() -> None:
-    """Let ``import flowaug.metrics`` and the other old paths work."""
+    """Register the finder, so that ``import flowaug.metrics`` and the other old paths work."""
     sys.meta_path.append(_RenamedModules())

@@ -1,6 +1,6 @@
-"""Flow mixup in timm's training script, in front of its Mixup, CutMix and RandomErasing.
+"""Flow mixup in timm's training script, before Mixup, CutMix and RandomErasing.
 
-``examples/timm_train.patch`` adds these three lines to timm's ``train.py``::
+``examples/timm_train.patch`` adds three lines to timm's ``train.py``::
 
     from flowaug.timm import wrap_loader
     group.add_argument('--flow-aug', nargs='*', default={}, action=utils.ParseKwargs)  # flow=runs/flow p=0.5
@@ -30,17 +30,17 @@ BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 NAFLEX = "NaFlex loaders yield dictionaries of patches, not images (B, C, H, W); leave out --naflex-loader"
 AUGMIX = "AugMix splits hold several copies of each image and its loss compares them; leave out --aug-splits"
 SOFT = (
-    "flow mixup moves an image among those of its one class, so it needs integer labels (B,), before Mixup and without "
+    "flow mixup mixes images of the same class and needs integer labels (B,); apply it before Mixup and without "
     "multi-label targets"
 )
 
 
 class BatchAugment:
-    """Flow mixup (hard labels) → Mixup/CutMix → RandomErasing, on normalised batches where they are.
+    """Augmentation of normalised batches on their device: flow mixup (hard labels), then Mixup/CutMix, RandomErasing.
 
     Args:
-        flow_mixup: the flow augmentation.
-        mixup: timm's Mixup, or a callable like it, or None.
+        flow_mixup: flow mixup.
+        mixup: timm's Mixup, a similar callable, or None.
         erasing: timm's RandomErasing or None.
     """
 
@@ -51,7 +51,7 @@ class BatchAugment:
 
     @property
     def mixup_enabled(self) -> bool:
-        """Whether Mixup and CutMix mix; flow mixup and the soft labels stay as they are when it is switched off."""
+        """Whether Mixup and CutMix are enabled; switching them off affects neither flow mixup nor the soft labels."""
         return getattr(self.mixup, "mixup_enabled", False)
 
     @mixup_enabled.setter
@@ -60,14 +60,15 @@ class BatchAugment:
             self.mixup.mixup_enabled = value
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment normalised images (B, C, H, W) with integer labels (B,); labels come back soft (B, K) after Mixup.
+        """Augment normalised images (B, C, H, W) with integer labels (B,); after Mixup the labels are soft (B, K).
 
         Raises:
-            ValueError: soft or multi-label targets, or patches instead of images.
+            ValueError: if the targets are soft or multi-label, or the batch has patches instead of images.
         """
         _check_batch(x, y)
         if x.device != self.flow_mixup.pca.axes.device:
             self.flow_mixup.to(x.device)
+
         x, y = self.flow_mixup(x, y)
         if self.mixup is not None:
             x, y = self.mixup(x, y)
@@ -78,12 +79,12 @@ class BatchAugment:
 
 
 class FlowLoader:
-    """A loader whose batches are augmented; everything but ``mixup_enabled`` is the wrapped loader's.
+    """Loader of augmented batches. All attributes but ``mixup_enabled`` are those of the wrapped loader.
 
     Args:
-        loader: what yields (images, labels).
+        loader: loader of (images, labels).
         augment: the augmentation.
-        in_loop: the training loop calls ``augment`` itself (as ``mixup_fn``): yield the batches as they come.
+        in_loop: yield the batches unchanged, because the training loop calls ``augment`` itself, as ``mixup_fn``.
     """
 
     def __init__(self, loader, augment: BatchAugment, in_loop: bool = False):
@@ -92,12 +93,12 @@ class FlowLoader:
 
     @property
     def flow_mixup(self) -> FlowMixupTransform:
-        """The flow augmentation, with its counts."""
+        """Flow mixup, with its counts."""
         return self.augment.flow_mixup
 
     @property
     def mixup_enabled(self) -> bool:
-        """Whether Mixup and CutMix mix; ``--mixup-off-epoch`` sets it, and from the next batch on it holds."""
+        """Whether Mixup and CutMix are enabled, from the next batch on; set by ``--mixup-off-epoch``."""
         return self.augment.mixup_enabled
 
     @mixup_enabled.setter
@@ -113,16 +114,16 @@ class FlowLoader:
         _logger.info("%r", self.flow_mixup)
 
     def __getattr__(self, name: str):
-        if name == "_inner":  # not there yet while unpickling
+        if name == "_inner":  # not set yet during unpickling
             raise AttributeError(name)
         return getattr(self._inner, name)
 
 
 class HalfMixup(Mixup):
-    """timm's mode "half", which it has as a collate function only: halves of the batch mix, one half remains."""
+    """Mixup in mode "half": one half of the batch is mixed into the other. timm has this as a collate function only."""
 
     def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix images (B, C, H, W) with labels (B,): B/2 images and soft labels (B/2, K)."""
+        """Mix images (B, C, H, W) with labels (B,) to images (B/2, C, H, W) and soft labels (B/2, K)."""
         x, target = super().__call__(x, target)
         return x[: len(x) // 2], target[: len(target) // 2]
 
@@ -134,28 +135,29 @@ def wrap_loader(
     data_config: Mapping | None = None,
     **keywords,
 ) -> tuple:
-    """Put flow mixup in front of Mixup, CutMix and RandomErasing in timm's training.
+    """Add flow mixup before Mixup, CutMix and RandomErasing in timm's training script.
 
-    With timm's prefetcher the loader that comes back yields augmented batches: its collate function no longer mixes
-    (Mixup has moved to the device, after the flow, so that ``--mixup-off-epoch`` works with persistent workers too).
-    With any other loader (``--no-prefetcher``) the loader yields normalised images as before and the ``mixup_fn`` that
-    comes back does all three. Wrap a loader before its first pass.
+    With timm's prefetcher the returned loader yields augmented batches. Mixup moves from the collate function to the
+    device, after flow mixup, so ``--mixup-off-epoch`` also works with persistent workers. With other loaders
+    (``--no-prefetcher``) the returned loader yields normalised images as before, and the returned ``mixup_fn`` applies
+    all three augmentations. Wrap a loader before its first iteration.
 
     Args:
-        loader: a training loader of timm's ``create_loader``, or any that yields normalised images (B, C, H, W) and
+        loader: training loader from timm's ``create_loader``, or another loader of normalised images (B, C, H, W) and
             integer labels (B,).
-        mixup_fn: timm's Mixup, which the training loop would call; or None.
-        flow: folder or name of a flow, a :class:`FlowMixupTransform`, or a flow and its axes; None changes nothing.
-        data_config: of the classifier, as ``resolve_data_config`` returns it: ``mean, std, input_size``.
-        **keywords: of :class:`FlowMixupTransform`, for example ``p``, ``alpha``, ``luminance``. ``class_names`` are
-            the data set's own where it knows them; None leaves them unchecked.
+        mixup_fn: timm's Mixup as called by the training loop, or None.
+        flow: folder or name of a flow, a :class:`FlowMixupTransform`, or a pair of flow and principal components; None
+            returns the arguments unchanged.
+        data_config: the classifier's data configuration, from ``resolve_data_config``: ``mean, std, input_size``.
+        **keywords: arguments of :class:`FlowMixupTransform`, for example ``p``, ``alpha``, ``luminance``.
+            ``class_names`` defaults to the names in the data set, if it has any; None skips the check.
 
     Returns:
-        The loader to iterate over and the ``mixup_fn`` to hand to the training loop.
+        The loader to iterate over and the ``mixup_fn`` for the training loop.
 
     Raises:
-        ValueError: NaFlex, AugMix or multi-label training; a loader that has started; another normalisation or other
-            classes than the flow's.
+        ValueError: if training uses NaFlex, AugMix or multi-label targets, the loader has started, or its normalisation
+            or classes differ from the flow's.
     """
     if flow is None:
         return loader, mixup_fn
@@ -170,7 +172,7 @@ def wrap_loader(
 
 
 def _layers(loader) -> Iterator:
-    """The loader, what it wraps, and its data sets, from the outside in."""
+    """Iterate over the loader, the loaders that it wraps and their data sets, from the outermost to the innermost."""
     while loader is not None:
         yield loader
         inner = getattr(loader, "loader", None)
@@ -179,7 +181,7 @@ def _layers(loader) -> Iterator:
 
 def _check_loader(layers: list, mixup_fn) -> None:
     if any(isinstance(part, FlowLoader) for part in layers):
-        raise ValueError("the loader is wrapped already; call wrap_loader once, on the loader of create_loader")
+        raise ValueError("the loader is wrapped already; call wrap_loader once, on the loader from create_loader")
     if any("NaFlex" in type(part).__name__ for part in layers):
         raise ValueError(f"flow mixup cannot be used here: {NAFLEX}")
     if any(isinstance(part, AugMixDataset) for part in layers):
@@ -190,7 +192,7 @@ def _check_loader(layers: list, mixup_fn) -> None:
     if isinstance(collate, FastCollateMixup) and mixup_fn is not None:
         raise ValueError("the loader mixes already (FastCollateMixup) and mixup_fn would mix again; pass mixup_fn=None")
     if any(getattr(part, name, None) is not None for part in layers for name in ("_iterator", "iterator")):
-        raise ValueError("the loader's workers have started with Mixup inside; call wrap_loader before the first pass")
+        raise ValueError("the workers of the loader have already started; call wrap_loader before the first iteration")
 
 
 def _check_batch(x, y) -> None:
@@ -208,7 +210,7 @@ def _collate(layers: list):
 
 
 def _take_mixup(layers: list, mixup_fn):
-    """The Mixup to run on the device; the loader's workers stop mixing."""
+    """Return the Mixup to run on the device, and remove it from the loader's workers."""
     collate = _collate(layers)
     if not isinstance(collate, FastCollateMixup):
         return mixup_fn
@@ -221,7 +223,7 @@ def _take_mixup(layers: list, mixup_fn):
 
 
 def _take_erasing(layers: list) -> RandomErasing | None:
-    """The loader's RandomErasing, or that at the end of its data set's transforms, which then lose it."""
+    """Remove RandomErasing from the loader, or from the end of its data set's transforms, and return it."""
     taken = None
     for part in layers:
         if getattr(part, "random_erasing", None) is not None:
@@ -229,13 +231,14 @@ def _take_erasing(layers: list) -> RandomErasing | None:
         for steps in _transform_steps(part):
             if steps and isinstance(steps[-1], RandomErasing):
                 taken = copy.copy(steps.pop())
-                taken.num_splits = 0  # it meant nothing for single images
+                taken.num_splits = 0  # ignored for single images, but not for batches
     return taken
 
 
 def _transform_steps(part) -> Iterator[list]:
-    several = getattr(part, "transforms", ())  # of timm's ScheduledTransformDataset
-    for transform in (getattr(part, "transform", None), *(several if isinstance(several, tuple) else ())):
+    """Iterate over the lists of steps in the transforms of a data set."""
+    scheduled = getattr(part, "transforms", ())  # a tuple in timm's ScheduledTransformDataset
+    for transform in (getattr(part, "transform", None), *(scheduled if isinstance(scheduled, tuple) else ())):
         steps = getattr(transform, "transforms", None)
         if isinstance(steps, list):
             yield steps
@@ -246,51 +249,49 @@ def _flow_mixup(flow: FlowSource, layers: list, data_config: Mapping | None, key
     if isinstance(flow, FlowMixupTransform):
         _check_transform(flow, mean, std, keywords)
         return flow
-    keywords = {
-        **{"mean": mean, "std": std, "class_names": _class_names(layers), "process_index": _process_index()},
-        **keywords,
-    }
+    defaults = {"mean": mean, "std": std, "class_names": _class_names(layers), "process_index": _process_index()}
+    keywords = defaults | keywords
     if isinstance(flow, tuple):
         return FlowMixupTransform(*flow, **keywords)
     return FlowMixupTransform.from_pretrained(flow, **keywords)
 
 
 def _normalisation(loader, data_config: Mapping | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel; averaged for other numbers of channels, as timm's loader does."""
+    """Return mean and standard deviation per channel; averaged if their number differs, as in timm's loader."""
     if data_config is None:
-        raise ValueError("data_config is missing; pass what timm.data.resolve_data_config gave for the model")
+        raise ValueError("data_config is missing; pass the result of timm.data.resolve_data_config for the model")
     channels = data_config["input_size"][0]
     pair = (tuple(data_config[name]) for name in ("mean", "std"))
     mean, std = (v if len(v) == channels else (sum(v) / len(v),) * channels for v in pair)
     if isinstance(loader, PrefetchLoader):
-        theirs = torch.stack([loader.mean, loader.std]).float().cpu().reshape(2, -1) / 255
-        if not torch.allclose(theirs, torch.tensor([mean, std]), rtol=0.01):
+        actual = torch.stack([loader.mean, loader.std]).float().cpu().reshape(2, -1) / 255
+        if not torch.allclose(actual, torch.tensor([mean, std]), rtol=0.01):
             raise ValueError(
-                f"the loader normalises with mean, std {theirs.tolist()} but data_config says {[mean, std]}; "
-                "pass the data_config that the loader was made with"
+                f"the loader normalises with mean, std {actual.tolist()} but data_config says {[mean, std]}; "
+                "pass the data_config that the loader was created with"
             )
     return mean, std
 
 
 def _check_transform(transform: FlowMixupTransform, mean, std, keywords: dict) -> None:
     if keywords:
-        raise ValueError(f"{sorted(keywords)} cannot be changed on a FlowMixupTransform; pass them where you make it")
-    ours = torch.stack([v.flatten().cpu().expand(len(mean)) for v in (transform.mean, transform.std)])
-    if not torch.allclose(ours, torch.tensor([mean, std]), rtol=0.01):
+        raise ValueError(f"{sorted(keywords)} cannot be changed on a FlowMixupTransform; pass them when you create it")
+    expected = torch.stack([v.flatten().cpu().expand(len(mean)) for v in (transform.mean, transform.std)])
+    if not torch.allclose(expected, torch.tensor([mean, std]), rtol=0.01):
         raise ValueError(
-            f"the FlowMixupTransform expects mean, std {ours.tolist()} but the loader's images are normalised with "
-            f"{[mean, std]}; make it with mean=data_config['mean'], std=data_config['std']"
+            f"the FlowMixupTransform expects mean, std {expected.tolist()} but the loader's images are normalised with "
+            f"{[mean, std]}; create it with mean=data_config['mean'], std=data_config['std']"
         )
 
 
 def _class_names(layers: list) -> tuple[str, ...] | None:
-    """Class names of the innermost data set in label order, where it has them."""
+    """Return the class names of the innermost data set in label order, or None if it has none."""
     dataset = layers[-1]
-    table = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
-    if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
+    label_of = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    if not isinstance(label_of, Mapping) or not all(isinstance(name, str) for name in label_of):
         return None
-    names = sorted(table, key=table.get)
-    return tuple(names) if [table[n] for n in names] == list(range(len(names))) else None
+    names = sorted(label_of, key=label_of.get)
+    return tuple(names) if [label_of[n] for n in names] == list(range(len(names))) else None
 
 
 def _process_index() -> int:

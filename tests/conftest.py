@@ -9,8 +9,20 @@ import torch
 
 from flowaug import ClasswisePCA, GaussianParameters, create_flow
 from flowaug.training import resume as state
+from flowaug.training.options import FinetuneOptions, TrainFlowOptions
+from flowaug.training.options.command_line import parse_options
 
 NAMES = ("ant", "bee", "cat")
+
+
+def finetune_options(*argv):
+    """Options of ``flowaug finetune`` for a command line."""
+    return parse_options(FinetuneOptions, argv, "finetune.py")
+
+
+def flow_options(*argv):
+    """Options of ``flowaug train-flow`` for a command line."""
+    return parse_options(TrainFlowOptions, argv, "train_flow.py")
 
 
 def make_flow(shape=(3, 8, 8), num_classes=3, seed=0):

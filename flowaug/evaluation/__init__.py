@@ -1,1 +1,1 @@
-"""Metrics, pictures and reports about flows and augmented images."""
+"""Evaluation of flows and augmented images: metrics, reference classifiers, pictures, reports and exports."""

@@ -1,4 +1,4 @@
-"""Augmented copies of a data set, and generated ones, on disk: an image folder or webdataset shards."""
+"""Write augmented or generated data sets to disk, as an image folder or as webdataset shards."""
 
 import io
 import json
@@ -37,33 +37,37 @@ def export(
     seed: int = 0,
     settings: dict | None = None,
 ) -> dict:
-    """Write ``copies`` augmented copies of every image, at its own size, as PNG.
+    """Write ``copies`` augmented copies of every image as PNG, each at its own size.
 
-    The random choices depend on the seed, the copy and the position of the image alone, so an interrupted export goes
-    on where it stopped and ends in the same files, and more copies can be added later. Files that are there are kept.
+    The random choices depend only on the seed, the copy and the index of the image. An interrupted export therefore
+    continues where it stopped and writes the same files, and copies can be added later. Existing files are kept.
 
     Args:
-        transform: the augmentation, for uint8 images; its generator is set anew for each chunk.
-        dataset: the images; its transform is not applied.
-        folder: where to. An image folder becomes ``folder/split/class/*.png``, shards ``folder/split-COPY-CHUNK.tar``.
-        copies: augmented copies of each image.
-        originals: write the images themselves too, as copy 0.
-        layout: "folder" or "webdataset" (PNG and class number, ``.png`` and ``.cls``).
-        split: "train" or "val", for the names.
+        transform: flow mixup for uint8 images; its generator is reset for each chunk.
+        dataset: the images; their transform is not applied.
+        folder: output folder. An image folder is written to ``folder/split/class/*.png``, shards to
+            ``folder/split-COPY-CHUNK.tar``.
+        copies: number of augmented copies of each image.
+        originals: also write the original images, as copy 0.
+        layout: "folder", or "webdataset" (shards with ``.png`` and ``.cls``, the class number).
+        split: "train" or "val", used in the names.
         seed: seed of the augmentation.
-        settings: further facts that must agree when an export goes on, for example the flow's name.
+        settings: additional settings that must be the same when an export continues, for example the name of the flow.
 
     Returns:
-        ``images`` written now, ``kept`` from before, and the transform's counts.
+        The number of ``images`` written and ``kept``, and the counts of the transform.
 
     Raises:
-        ValueError: unknown layout, nothing to write, class names that clash as folders, or a folder that holds another
-            export.
+        ValueError: if the layout is unknown, there is nothing to write, two class names give the same folder name, or
+            the folder contains another export.
     """
     if copies < 0 or (copies == 0 and not originals):
-        raise ValueError(f"copies is {copies}; expected at least 1, or 0 with originals=True to write the images alone")
-    facts = {"data": dataset.fingerprint(), "split": split, "layout": layout, "seed": seed, **(settings or {})}
-    writer = _open(folder, facts, dataset.class_names, dataset.targets, layout, split)
+        raise ValueError(
+            f"copies is {copies}; expected at least 1, or 0 with originals=True to write only the original images"
+        )
+
+    manifest = {"data": dataset.fingerprint(), "split": split, "layout": layout, "seed": seed, **(settings or {})}
+    writer = _create_writer(folder, manifest, dataset.class_names, dataset.targets, layout, split)
     parts = chunks(len(dataset), range(0 if originals else 1, copies + 1))
     counts = _write(writer, parts, lambda chunk: augmented(transform, dataset, chunk, seed), "exporting")
     return {**counts, **transform.counts}
@@ -81,57 +85,62 @@ def generate(
     seed: int = 0,
     settings: dict | None = None,
 ) -> dict:
-    """Write a labelled data set drawn from the class Gaussians, as PNG, the classes taking turns.
+    """Write a labelled data set of images sampled from the class Gaussians as PNG, cycling over the classes.
 
-    Like :func:`export` it goes on where it stopped and ends in the same files.
+    As with :func:`export`, an interrupted run continues where it stopped and writes the same files.
 
     Args:
-        flow: a trained flow of images.
-        per_class: images of each class.
-        folder: where to, laid out as by :func:`export`.
-        temperature: scales the covariance.
-        gaussians: full class covariances to draw from (``flowaug.generation.rfcm``); None for the flow's own.
+        flow: a trained flow for images.
+        per_class: number of images per class.
+        folder: output folder, with the layout of :func:`export`.
+        temperature: factor of the covariance.
+        gaussians: full class covariances (:func:`flowaug.evaluation.sampling.rfcm`) to sample from; None for the
+            flow's own diagonal ones.
         layout: "folder" or "webdataset".
-        split: "train" or "val", for the names.
-        seed: seed of the draws.
-        settings: further facts that must agree when it goes on, for example which flow and which covariance.
+        split: "train" or "val", used in the names.
+        seed: seed of the samples.
+        settings: additional settings that must be the same when a run continues, for example the name of the flow.
 
     Returns:
-        ``images`` written now and ``kept`` from before.
+        The number of ``images`` written and ``kept``.
 
     Raises:
-        ValueError: unknown layout, no image, a negative temperature, class names that clash as folders, or a folder
-            that holds another export.
+        ValueError: if the layout is unknown, ``per_class`` is less than 1, the temperature is negative, two class names
+            give the same folder name, or the folder contains another export.
     """
     if per_class < 1:
-        raise ValueError(f"per_class is {per_class}; expected at least 1 image of each class")
+        raise ValueError(f"per_class is {per_class}; expected at least 1 image per class")
+
     labels = torch.arange(flow.gaussians.num_classes).repeat(per_class)
-    sample(flow, labels[:1], temperature, seed, gaussians)  # its checks, before anything is written
-    names = flow.class_names or [f"{k:06d}" for k in range(flow.gaussians.num_classes)]  # folders sort by label
-    facts = {"generated": per_class, "temperature": temperature, "split": split, "layout": layout, "seed": seed}
-    writer = _open(folder, {**facts, **(settings or {})}, names, labels.numpy(), layout, split)
+    sample(flow, labels[:1], temperature, seed, gaussians)  # runs the checks before anything is written
+    names = flow.class_names or [f"{k:06d}" for k in range(flow.gaussians.num_classes)]  # sorted by label
+
+    manifest = {"generated": per_class, "temperature": temperature, "split": split, "layout": layout, "seed": seed}
+    writer = _create_writer(folder, {**manifest, **(settings or {})}, names, labels.numpy(), layout, split)
     draw = partial(sample, flow.freeze(), temperature=temperature, seed=seed, gaussians=gaussians)
-    return _write(writer, chunks(len(labels), range(1, 2)), lambda chunk: _drawn(draw, labels, chunk), "generating")
+    return _write(
+        writer, chunks(len(labels), range(1, 2)), lambda chunk: _draw_chunk(draw, labels, chunk), "generating"
+    )
 
 
-def _drawn(draw: Callable[..., Tensor], labels: Tensor, chunk: Chunk) -> dict[int, Image.Image]:
+def _draw_chunk(draw: Callable[..., Tensor], labels: Tensor, chunk: Chunk) -> dict[int, Image.Image]:
     images = draw(labels[chunk.start : chunk.stop], chunk=chunk.start // CHUNK)
     return dict(zip(chunk.indices, map(to_image, images), strict=True))
 
 
-def _open(
-    folder: Path, facts: dict, class_names: Sequence[str], targets: np.ndarray, layout: str, split: str
+def _create_writer(
+    folder: Path, manifest: dict, class_names: Sequence[str], targets: np.ndarray, layout: str, split: str
 ) -> "FolderWriter | ShardWriter":
-    """Claim the folder for these facts and return what writes to it."""
+    """Write or check the manifest of the folder and return a writer."""
     if layout not in FORMATS:
         raise ValueError(f"layout is {layout!r}; expected one of {FORMATS}")
     names = _folder_names(class_names)
-    _claim(folder, facts, class_names)
+    _check_manifest(folder, manifest, class_names)
     return {"folder": FolderWriter, "webdataset": ShardWriter}[layout](folder, split, names, targets)
 
 
 def _write(writer, parts: list[Chunk], render: Callable[[Chunk], dict[int, Image.Image]], what: str) -> dict:
-    """Write what is missing of each chunk; a chunk that is whole is not rendered."""
+    """Write the missing images of each chunk; complete chunks are not rendered."""
     written = 0
     with tqdm(total=len(parts) * CHUNK, desc=what, unit=" images", leave=False, delay=2) as bar:
         for chunk in parts:
@@ -150,41 +159,61 @@ def _png(image: Image.Image) -> bytes:
 
 
 class FolderWriter:
-    """One PNG per image in ``folder/split/class``."""
+    """Writer of one PNG per image, ``folder/split/class/INDEX-COPY.png``.
+
+    Args:
+        folder: output folder.
+        split: "train" or "val".
+        names: folder name of each class.
+        targets: labels of all images.
+    """
 
     def __init__(self, folder: Path, split: str, names: list[str], targets: np.ndarray):
-        self.root, self.names, self.targets = folder / split, names, targets
+        self.root = folder / split
+        self.names = names
+        self.targets = targets
 
     def path(self, copy: int, index: int) -> Path:
-        """Where an image goes."""
+        """Return the path of an image."""
         return self.root / self.names[self.targets[index]] / f"{index:07d}-{copy}.png"
 
     def missing(self, chunk: Chunk) -> list[int]:
-        """Positions of the images that are not there yet."""
+        """Return the indices of the images of a chunk that do not exist yet."""
         return [i for i in chunk.indices if not self.path(chunk.copy, i).is_file()]
 
     def write(self, chunk: Chunk, images: dict[int, Image.Image], missing: list[int]) -> None:
-        """Write the missing ones, each complete or not at all."""
+        """Write the missing images, each atomically."""
         for i in missing:
             write_atomic(self.path(chunk.copy, i), _png(images[i]))
 
 
 class ShardWriter:
-    """One tar per chunk; a shard that was interrupted is not there and is written anew."""
+    """Writer of one shard per chunk, ``folder/split-COPY-CHUNK.tar``.
+
+    Shards are written atomically, so an interrupted one does not exist and is written again.
+
+    Args:
+        folder: output folder.
+        split: "train" or "val".
+        names: not used; for the same interface as :class:`FolderWriter`.
+        targets: labels of all images.
+    """
 
     def __init__(self, folder: Path, split: str, names: list[str], targets: np.ndarray):
-        self.folder, self.split, self.targets = folder, split, targets
+        self.folder = folder
+        self.split = split
+        self.targets = targets
 
     def path(self, chunk: Chunk) -> Path:
-        """Where a chunk goes."""
+        """Return the path of the shard of a chunk."""
         return self.folder / f"{self.split}-{chunk.copy:02d}-{chunk.start // CHUNK:06d}.tar"
 
     def missing(self, chunk: Chunk) -> list[int]:
-        """All positions of the chunk, or none."""
+        """Return all indices of the chunk, or none if its shard exists."""
         return [] if self.path(chunk).is_file() else list(chunk.indices)
 
     def write(self, chunk: Chunk, images: dict[int, Image.Image], missing: list[int]) -> None:
-        """Write the shard as a whole, with neither dates nor owners, so that equal exports are equal files."""
+        """Write the shard, without dates and owners, so that equal exports give equal files."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as shard:
             for i in missing:
@@ -197,21 +226,23 @@ class ShardWriter:
 
 
 def _folder_names(class_names: Sequence[str]) -> list[str]:
-    """Class names with what cannot stand in a file name replaced."""
+    """Return the class names with characters that are invalid in file names replaced by underscores."""
     names = ["".join("_" if c in '/\\:*?"<>|' else c for c in name) for name in class_names]
     if len(set(names)) < len(names):
-        raise ValueError(f"some class names are the same as folder names: {sorted(names)}; rename the classes")
+        raise ValueError(f"some classes have the same folder name: {sorted(names)}; rename the classes")
     return names
 
 
-def _claim(folder: Path, facts: dict, class_names: Sequence[str]) -> None:
-    """Write the manifest, or check that the folder holds a part of this very export."""
-    path, facts = folder / MANIFEST, json.loads(json.dumps(facts))
+def _check_manifest(folder: Path, manifest: dict, class_names: Sequence[str]) -> None:
+    """Write the manifest, or check that an existing one belongs to the same export."""
+    path = folder / MANIFEST
+    manifest = json.loads(json.dumps(manifest))  # as read from a file: tuples become lists
     if not path.is_file():
-        write_json(path, {**facts, "class_names": list(class_names)})
+        write_json(path, {**manifest, "class_names": list(class_names)})
         return
+
     found = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in facts.items():
+    for key, value in manifest.items():
         if found.get(key) != value:
             raise ValueError(
                 f"{folder} holds another export: its {key} is {found.get(key)!r}, not {value!r}; "

@@ -1,6 +1,4 @@
-"""Grids, curves, intervals and scatters as PNG files, drawn without pyplot: no global state, no display."""
-
-from __future__ import annotations
+"""Image grids, curves, intervals and scatter plots as PNG files, without pyplot and its global state."""
 
 import io
 import math
@@ -14,65 +12,67 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from torchvision.utils import make_grid
 
 from flowaug.files import write_atomic
 
 DPI = 100
-CELL = 48  # pixels: the least side of an image in a grid
-WIDEST_CELL = 160  # images grow no further for the sake of long column labels
-GAP, WIDE_GAP, MARGIN = 4, 16, 12  # pixels
+CELL = 48  # minimum side of an image in a grid, in pixels
+WIDEST_CELL = 160  # maximum width up to which images are enlarged to fit their column labels, in pixels
+GAP, WIDE_GAP, MARGIN = 4, 16, 12  # in pixels
 FONT, TITLE_FONT, INK = 9, 11, "#222222"
-TITLE_PIXELS = 9  # a bold character of a title is as wide or less
+TITLE_PIXELS = 9  # maximum width of a bold character of a title
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
 CLASS_COLOURS = (*COLOURS, "#000000", "#8C564B", "#888888", "#6A3D9A")
-MARKERS = "os^Dv<>p"  # times the colours: 80 looks of a class
+MARKERS = "os^Dv<>p"  # with the colours, 80 styles
 LEGEND_ROWS, LEGEND_MOST = 24, 80
-MOST_PANELS = 5  # beside each other
+MOST_PANELS = 5  # per row
 HALO = [withStroke(linewidth=3, foreground="white")]
 
 Images = np.ndarray | torch.Tensor
 
 
 def image_grid(images: Images, path, row_labels=None, column_labels=None, title=None, scale=None, gap_after=()) -> Path:
-    """Write a grid of R × C images as PNG, each pixel a square of ``scale`` × ``scale``.
+    """Write a grid of R × C images as PNG, each pixel as a square of ``scale`` × ``scale`` pixels.
 
     Args:
-        images: ``(R, C, 1 or 3, H, W)``, uint8 or float in [0, 1] (values outside are clipped).
-        path: the PNG; it is complete or not there.
-        row_labels: R names, wrapped where they are long.
-        column_labels: C names, likewise.
-        title: a line above.
-        scale: None enlarges small images until they and their labels are readable.
-        gap_after: columns followed by a wider gap, counted from 0.
+        images: ``(R, C, 1 or 3, H, W)``, uint8 or float in [0, 1]; values outside are clipped.
+        path: output file, written atomically.
+        row_labels: R labels; long ones are wrapped.
+        column_labels: C labels; long ones are wrapped.
+        title: title above the grid.
+        scale: magnification; None enlarges small images until they and their labels are readable.
+        gap_after: indices of columns that are followed by a wider gap.
 
     Raises:
-        ValueError: another shape, NaN, or a number of labels that does not fit.
+        ValueError: if the shape is wrong, a value is NaN, or the number of labels does not match.
     """
     if images.ndim != 5 or images.shape[2] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (rows, columns, 1 or 3, H, W)")
     row_labels = _check_labels(row_labels, images.shape[0], "row")
     column_labels = _check_labels(column_labels, images.shape[1], "column")
+
     scale = scale or _readable_scale(*images.shape[3:], column_labels)
-    pixels = np.moveaxis(_to_uint8(images), 2, -1).repeat(scale, axis=2).repeat(scale, axis=3)
+    pixels = _to_uint8(images).repeat(scale, axis=3).repeat(scale, axis=4)
     canvas, lefts = _compose(pixels, set(gap_after))
-    return _draw_grid(canvas, lefts, pixels.shape[2:4], row_labels, column_labels, title, Path(path))
+    return _draw_grid(canvas, lefts, pixels.shape[3:], row_labels, column_labels, title, Path(path))
 
 
 def augmentation_grid(
     originals: Images, partners: Images | None, augmented: Mapping[float | str, Images], labels, path, title=None
 ) -> Path:
-    """Write one row per image: the original, its mixtures by rising weight, those with a name, and the partner.
+    """Write one row per image: the original, its mixtures by increasing weight, mixtures with a name, and the partner.
 
     Args:
         originals: ``(N, C, H, W)``.
-        partners: ``(N, C, H, W)``, or None.
-        augmented: mixing weight, or a name, to ``(N, C, H, W)``.
+        partners: ``(N, C, H, W)`` or None.
+        augmented: mixed images ``(N, C, H, W)`` by weight or name.
         labels: N class names.
-        path: the PNG.
-        title: a line above.
+        path: output file.
+        title: title above the grid.
 
     Raises:
-        ValueError: as :func:`image_grid`, or stacks of different shapes.
+        ValueError: as for :func:`image_grid`, or if the shapes differ.
     """
     keys = sorted(augmented, key=lambda key: (isinstance(key, str), key))
     mixtures = {key if isinstance(key, str) else f"w = {key:g}": augmented[key] for key in keys}
@@ -87,21 +87,22 @@ def augmentation_grid(
 
 
 def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=None) -> Path:
-    """Write curves as PNG: one panel each, or one for all if ``ylabel`` says that they share a unit.
+    """Write curves as PNG: one panel per series, or a single panel if ``ylabel`` is given.
 
     Args:
-        series: name to ``(xs, ys)``, of equal lengths.
-        path: the PNG.
-        xlabel: what x is.
-        ylabel: what every y is; None for series of different units.
-        title: above them, wrapped to the picture's width.
+        series: ``(xs, ys)`` of equal lengths by name.
+        path: output file.
+        xlabel: label of the x axis.
+        ylabel: common label of the y axis; None for series with different units.
+        title: title above the panels.
 
     Raises:
-        ValueError: no series, or xs and ys of different lengths.
+        ValueError: if there is no series, or xs and ys differ in length.
     """
     uneven = [name for name, (xs, ys) in series.items() if len(xs) != len(ys)]
     if uneven or not series:
         raise ValueError(f"series {uneven or 'is empty'}: expected name: (xs, ys) with as many xs as ys")
+
     count = 1 if ylabel else len(series)
     figure = Figure(figsize=(max(4.2 * count, 5.5), 3.2), dpi=DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]
@@ -111,89 +112,86 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
         panel.plot(xs, ys, label=name, **style)
         panel.set_title(None if ylabel else name, fontsize=FONT + 1, color=INK, parse_math=False)
     for panel in panels:
-        _style(panel, xlabel, ylabel)
+        _style_axes(panel, xlabel, ylabel)
         if all(float(x).is_integer() for line in panel.lines for x in line.get_xdata()):
             panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if ylabel and len(series) > 1:
         _legend(panels[0])
-    _head(figure, title)
+    _add_title(figure, title)
     return _save(figure, Path(path))
 
 
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xlabel="", title=None) -> Path:
-    """Write means with their intervals as PNG: a panel and a scale for each group, a row for each name, 0 marked.
+    """Write means with error bars as PNG: one panel per group, one row per name, and a line at 0.
 
     Args:
-        panels: group to name to (mean, half the width of its interval); a width that is not finite is not drawn.
-        path: the PNG.
-        xlabel: what is measured.
-        title: above them, wrapped to the picture's width.
+        panels: (mean, half width of the interval) by group and name; half widths that are not finite are not drawn.
+        path: output file.
+        xlabel: label of the x axis.
+        title: title above the panels.
 
     Raises:
-        ValueError: no group, or one that is empty.
+        ValueError: if there is no group or a group is empty.
     """
     if not panels or not all(panels.values()):
-        raise ValueError(f"panels {list(panels)}: expected at least one, each name: (mean, half width) once or more")
-    figure, places = _interval_panels(len(panels), max(map(len, panels.values())))
-    for panel, (group, rows) in zip(places, panels.items(), strict=True):
+        raise ValueError(f"panels {list(panels)}: expected at least one non-empty group of name: (mean, half width)")
+
+    lines = math.ceil(len(panels) / MOST_PANELS)
+    columns = math.ceil(len(panels) / lines)
+    size = (0.6 + 3.6 * columns, lines * (1.2 + 0.3 * max(map(len, panels.values()))))
+    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).ravel())
+    for panel in axes[len(panels) :]:
+        panel.remove()
+
+    for panel, (group, rows) in zip(axes, panels.items(), strict=False):
         _draw_intervals(panel, rows)
-        _style(panel, xlabel, None)
+        _style_axes(panel, xlabel, None)
         panel.set_title(group, fontsize=FONT + 1, color=INK, parse_math=False)
-    _head(figure, title)
+    _add_title(figure, title)
     return _save(figure, Path(path))
 
 
-def _head(figure: Figure, title: str | None) -> None:
+def _add_title(figure: Figure, title: str | None) -> None:
     if title:
         wrapped = textwrap.fill(title, int(figure.get_figwidth() * DPI) // TITLE_PIXELS)
         figure.suptitle(wrapped, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
 
 
-def _interval_panels(count: int, rows: int) -> tuple[Figure, list]:
-    """A figure and its panels, of so many rows at most."""
-    lines = math.ceil(count / MOST_PANELS)
-    columns = math.ceil(count / lines)
-    size = (0.6 + 3.6 * columns, lines * (1.2 + 0.3 * rows))
-    figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-    places = list(figure.subplots(lines, columns, squeeze=False).ravel())
-    for panel in places[count:]:
-        panel.remove()
-    return figure, places[:count]
-
-
 def _draw_intervals(panel, rows: Mapping[str, tuple[float, float]]) -> None:
     panel.axvline(0, color=INK, lw=0.8)
-    for place, (mean, half) in enumerate(rows.values()):
+    for row, (mean, half) in enumerate(rows.values()):
         half = half if np.isfinite(half) else 0.0
-        panel.errorbar(mean, place, xerr=half, color=COLOURS[0], marker="o", ms=4, capsize=3, lw=1.5)
+        panel.errorbar(mean, row, xerr=half, color=COLOURS[0], marker="o", ms=4, capsize=3, lw=1.5)
     panel.set_yticks(range(len(rows)), list(rows), parse_math=False)
-    panel.set_ylim(len(rows) - 0.5, -0.5)  # the first at the top
+    panel.set_ylim(len(rows) - 0.5, -0.5)  # first row at the top
 
 
 def scatter(points: np.ndarray, labels: Sequence[int], names: Sequence[str], path, title=None, axes=("", "")) -> Path:
-    """Write points in the plane as PNG, a colour and marker for each class; of ten or fewer the names in place as well.
+    """Write a scatter plot as PNG, with a colour and marker per class; up to ten classes are also named in the plot.
 
     Args:
         points: (N, 2).
         labels: class of each point, in ``0 .. len(names) - 1``.
-        names: the name of each class, for the legend; beyond 80 classes there is none, and looks repeat.
-        path: the PNG.
-        title: a line above.
-        axes: what x and y are.
+        names: names of the classes for the legend; with more than 80 classes there is none, and styles repeat.
+        path: output file.
+        title: title above the plot.
+        axes: labels of the x and y axes.
 
     Raises:
-        ValueError: points of another shape, or not one label each.
+        ValueError: if the shape of the points is wrong, or there is not one label per point.
     """
     points, labels = np.asarray(points), np.asarray(labels)
     if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
         raise ValueError(f"points have shape {points.shape}, labels {labels.shape}; expected (N, 2) and (N,)")
+
     shown = np.unique(labels)
     columns = -(-len(shown) // LEGEND_ROWS) if len(shown) <= LEGEND_MOST else 0
     figure = Figure(figsize=(6.4 + 1.1 * columns, 5.6), dpi=DPI, facecolor="white", layout="constrained")
     panel = figure.subplots()
     for k in shown:
         _draw_class(panel, points[labels == k], k, str(names[k]), named=len(shown) <= len(CLASS_COLOURS))
-    _style(panel, *axes)
+    _style_axes(panel, *axes)
     if columns:
         _legend(panel, loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, handletextpad=0.3)
     if title:
@@ -218,14 +216,13 @@ def _legend(panel, **style) -> None:
 
 def _to_uint8(images: Images) -> np.ndarray:
     if isinstance(images, torch.Tensor):
-        images = images.detach().cpu()
-        images = (images.float() if images.is_floating_point() else images).numpy()
+        images = (images.float() if images.is_floating_point() else images).detach().cpu().numpy()
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind != "f":
         raise ValueError(f"images are {images.dtype}; expected uint8, or float in [0, 1]")
     if np.isnan(images).any():
-        raise ValueError("the images contain NaN; expected values in [0, 1]: look where they come from")
+        raise ValueError("the images contain NaN; expected values in [0, 1]")
     return np.rint(images.clip(0, 1) * 255).astype(np.uint8)
 
 
@@ -233,40 +230,43 @@ def _check_labels(labels: Sequence[str] | None, count: int, kind: str) -> list[s
     if labels is None:
         return []
     if len(labels) != count:
-        raise ValueError(f"{len(labels)} {kind} labels for {count} {kind}s of images; expected one for each")
+        raise ValueError(f"got {len(labels)} {kind} labels for {count} {kind}s of images; expected one per {kind}")
     return [textwrap.fill(str(label), 18) for label in labels]
 
 
 def _readable_scale(height: int, width: int, labels: list[str]) -> int:
-    """The least factor at which an image is CELL pixels each way and as wide as its column's label."""
+    """Return the smallest factor that makes an image at least ``CELL`` pixels a side and as wide as its label."""
     widest = max((_text_size(label)[0] + GAP for label in labels), default=0)
     return max(-(-CELL // min(height, width)), -(-min(widest, WIDEST_CELL) // width))
 
 
 def _text_size(text: str, size: float = FONT, weight: str = "normal") -> tuple[int, int]:
-    """Width and height in pixels of a text as the figures here show it."""
+    """Measure the width and height of a text in pixels."""
     figure = Figure(dpi=DPI)
     drawn = figure.text(0, 0, text, fontsize=size, fontweight=weight, parse_math=False)
     box = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer())
     return int(np.ceil(box.width)), int(np.ceil(box.height))
 
 
-def _compose(pixels: np.ndarray, wide: set[int]) -> tuple[np.ndarray, list[int]]:
-    """All cells ``(R, C, H, W, 1 or 3)`` on one white canvas, and each column's left edge."""
-    rows, columns, height, width, _ = pixels.shape
+def _compose(images: np.ndarray, wide: set[int]) -> tuple[np.ndarray, list[int]]:
+    """Arrange images ``(R, C, 1 or 3, H, W)`` on a white canvas; also return the left edge of each column."""
+    rows, columns, _, _, width = images.shape
+    grid = make_grid(torch.from_numpy(images).flatten(0, 1), nrow=columns, padding=GAP, pad_value=255)
+    grid = grid if rows * columns == 1 else grid[:, GAP:-GAP, GAP:-GAP]  # a single image has no border
+
+    # make_grid has gaps of one width only, so the wider gaps after some columns are inserted here.
+    ends = [c * (width + GAP) + width for c in sorted(wide) if c < columns - 1]
+    canvas = np.insert(grid.permute(1, 2, 0).numpy(), np.repeat(ends, WIDE_GAP - GAP).astype(int), 255, axis=1)
     lefts = [c * (width + GAP) + sum(w < c for w in wide) * (WIDE_GAP - GAP) for c in range(columns)]
-    canvas = np.full((rows * (height + GAP) - GAP, lefts[-1] + width, 3), 255, np.uint8)
-    for r, c in np.ndindex(rows, columns):
-        canvas[r * (height + GAP) :, lefts[c] :][:height, :width] = pixels[r, c]
     return canvas, lefts
 
 
 def _draw_grid(canvas, lefts, cell, row_labels, column_labels, title, path: Path) -> Path:
-    """Lay the canvas and its labels out in whole pixels, so that nothing is resampled."""
+    """Place the canvas and its labels at whole pixels, so that nothing is resampled."""
     left = MARGIN + max((_text_size(label)[0] + 8 for label in row_labels), default=0)
     width = left + max(canvas.shape[1], 2 * WIDEST_CELL * bool(title)) + MARGIN
     title = textwrap.fill(title or "", (width - left) // TITLE_PIXELS)
-    top = MARGIN + canvas.shape[0]  # y counts from below
+    top = MARGIN + canvas.shape[0]  # matplotlib measures y from the bottom
     above = max((_text_size(label)[1] + 6 for label in column_labels), default=0)
     height = top + above + (_text_size(title, TITLE_FONT, "bold")[1] + 12 if title else 0) + MARGIN
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
@@ -283,7 +283,7 @@ def _draw_grid(canvas, lefts, cell, row_labels, column_labels, title, path: Path
     return _save(figure, path)
 
 
-def _style(panel, xlabel: str, ylabel: str | None) -> None:
+def _style_axes(panel, xlabel: str, ylabel: str | None) -> None:
     panel.set_xlabel(xlabel, fontsize=FONT, color=INK)
     panel.set_ylabel(ylabel or "", fontsize=FONT, color=INK)
     panel.tick_params(labelsize=FONT - 1, colors=INK, length=3)

@@ -1,1 +1,1 @@
-"""Same-label mixup: plans, mixing of latents, the transform, offline copies."""
+"""Same-label mixup in the latent space of a flow: random plans, mixing, the batch transform and offline copies."""

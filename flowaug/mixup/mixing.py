@@ -9,12 +9,20 @@ from flowaug.mixup.plan import MixPlan
 
 
 def mix_latents(z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tensor:
-    """Move latents towards their partners along the axes of their class: ``z + Uᵀ [w ⊙ U (z_j − z_i)]``.
+    r"""Mix latents with their partners along the principal components of their class.
+
+    .. math:: z'_i = z_i + U_y^\top \left[ w \odot U_y (z_j - z_i) \right]
+
+    The part of :math:`z_i` outside the span of the components is unchanged. With ``plan.rescaled`` the mixed
+    coordinates are divided by :math:`\sqrt{(1 - w)^2 + w^2}`, which preserves the variance of the class; linear mixing
+    would shrink it.
+
+    Reference: Enescu & Sahbi, "Learning Conditionally Untangled Latent Spaces using Fixed Point Iteration", BMVC 2024.
 
     Args:
-        z: latents (M, D) of the samples that take part.
+        z: latents (M, D) of the samples to mix.
         y: their labels (M,), in 0 … K − 1.
-        pca: the class axes.
+        pca: principal components of the classes.
         plan: weights and partners of these M samples.
 
     Returns:
@@ -22,44 +30,53 @@ def mix_latents(z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tenso
     """
     rank = plan.weight.shape[1]
     own = pca.project(z, y, rank)
-    other = _partner_coordinates(own, y, pca, plan)
+    partner = _partner_coordinates(own, y, pca, plan)
+
     w = plan.weight.to(own.dtype)
-    mixed = own + w * (other - own)
+    mixed = own + w * (partner - own)
     if plan.rescaled:
         mixed = mixed / ((1 - w) ** 2 + w**2).sqrt()
+
     return z + pca.combine(mixed - own, y).to(z.dtype)
 
 
 def mix_keeping_labels(
     z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan, gaussians: ClassGaussians
 ) -> tuple[Tensor, Tensor]:
-    """Move latents by the first choice of a plan that keeps their label.
+    """Mix each latent by the first draw of a plan that keeps its label.
 
-    It does where the class Gaussians find the moved latent likeliest of its class, or, if they do not find the latent
-    itself so, no less likely beside the next class than before.
+    A mixed latent keeps its label if its margin (see ``ClassGaussians.margin``) is at least ``min(0, margin of the
+    original)``: it must be classified as its label, or at least not be further from it than the original.
 
     Args:
-        z: latents (M, D) of the samples that take part.
+        z: latents (M, D) of the samples to mix.
         y: their labels (M,), in 0 … K − 1.
-        pca: the class axes.
-        plan: weights and partners of these M samples, and ``redraws``.
+        pca: principal components of the classes.
+        plan: weights and partners of these M samples, with alternative draws in ``redraws``.
         gaussians: the class Gaussians.
 
     Returns:
-        Mixed latents (M, D), and whether a choice kept the label, bool (M,); where none did, the latent is as before.
+        Mixed latents (M, D), and a boolean mask (M,) of the samples for which a draw kept the label. The other latents
+        are returned unchanged.
     """
-    least, mixed = gaussians.margin(z, y).clamp(max=0), z
+    threshold = gaussians.margin(z, y).clamp(max=0)
+    result = z
     kept = torch.zeros_like(y, dtype=torch.bool)
-    for choice in (plan, *plan.redraws):
-        moved = mix_latents(z, y, pca, choice)
-        fine = ~kept & (gaussians.margin(moved, y) >= least)
-        mixed, kept = torch.where(fine[:, None], moved, mixed), kept | fine
-    return mixed, kept
+
+    for draw in (plan, *plan.redraws):
+        mixed = mix_latents(z, y, pca, draw)
+        accepted = ~kept & (gaussians.margin(mixed, y) >= threshold)
+        result = torch.where(accepted[:, None], mixed, result)
+        kept = kept | accepted
+
+    return result, kept
 
 
 def _partner_coordinates(own: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tensor:
+    """Return the coordinates (M, r) of the partners; ``own`` are those of the samples themselves."""
+    rank = own.shape[1]
     if plan.source == "batch":
         return own[plan.partner]
     if plan.source == "gaussian":
-        return plan.noise * pca.variance[y, : own.shape[1]].sqrt()
-    return pca.coords[plan.partner, : own.shape[1]].to(own.dtype)
+        return plan.noise * pca.variance[y, :rank].sqrt()
+    return pca.coords[plan.partner, :rank].to(own.dtype)

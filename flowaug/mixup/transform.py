@@ -1,7 +1,6 @@
-"""FlowMixupTransform: batches of images in, batches of images out, whatever their size, dtype or normalisation."""
+"""``FlowMixupTransform``: flow mixup of batches of images of any size, dtype and normalisation."""
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,47 +8,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowaug.flows.checkpoint import load_flow, load_pca
+from flowaug.flows.checkpoint import find_flow, load_flow, load_pca, read_config
 from flowaug.flows.flow import Flow
 from flowaug.latents.pca import ClasswisePCA
-from flowaug.mixup.checks import check_batch, check_class_names, check_pair
+from flowaug.mixup.checks import check_batch, check_class_names, check_labels, check_pair, check_range
 from flowaug.mixup.mixing import mix_keeping_labels, mix_latents
-from flowaug.mixup.plan import MixPlan, MixPolicy, PlanSampler
+from flowaug.mixup.plan import MixPlan, MixPolicy, PlanSampler, read_policy
+from flowaug.mixup.settings import MIXUP_DEFAULTS, has_few_images
 from flowaug.pixels import quantise, resize
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what PIL's convert("L") uses
-SAFE_RANGE = (-0.5, 1.5)  # pixels a sane decode may reach before clamping
-INPUT_TOLERANCE = 0.05
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in PIL's convert("L")
+SAFE_RANGE = (-0.5, 1.5)  # decoded pixels beyond this range indicate a failed decode
 
 
 class FlowMixupTransform:
-    """Mix each image with another of its class along the principal axes of the class in a flow's latent space.
+    """Mix each image with another of its class, along the principal components of the class in a flow's latent space.
 
-    Labels are unchanged. The transform never edits its input and draws from a generator of its own. A sample that
-    cannot be augmented (no partner, NaN, a decode out of range) comes back as it came, and is counted.
+    Labels do not change. The input is not modified, and random choices come from the transform's own generator. A
+    sample that cannot be augmented is rejected (NaN, decoded out of range, label lost): left unchanged and counted.
+
+    Reference: Enescu & Sahbi, "Learning Conditionally Untangled Latent Spaces using Fixed Point Iteration", BMVC 2024.
 
     Args:
-        flow: a trained flow; the transform keeps its inference form, a copy (``Flow.freeze``).
-        pca: its class axes.
+        flow: a trained flow. The transform keeps an inference copy (``Flow.freeze``).
+        pca: principal components of the flow's classes.
         p: probability that a sample is augmented.
-        alpha: the partner's share is drawn from Beta(alpha, alpha).
-        partner: "bank" (any training image), "batch" (same label in the batch) or "gaussian" (a draw along the axes).
-        rank: leading axes to move along, None for all fitted.
-        per_axis: one weight per axis instead of one per sample.
-        rescaled: keep the radius that linear mixing shrinks.
-        redraws: draw partner and weights of a sample anew, up to so many times, while the class Gaussians find what
-            they come to of another class; what never keeps its label is refused. 0 checks no labels.
-        policy: per class name, any of ``p``, ``alpha``, ``rank``: a mapping or the path of a JSON file.
-        mean: mean of the classifier's normalisation per channel; None when images are in [0, 1].
-        std: standard deviation of the classifier's normalisation.
-        luminance: let a grey flow move the luminance of RGB images.
-        unknown: labels outside the flow's classes: "error", or "skip" to leave those samples alone.
-        class_names: the data set's class names in label order; an error if the flow's differ.
-        max_outside: refuse a decode with a larger share of pixels outside [−0.5, 1.5].
-        batch_size: samples that go through the flow at a time.
-        autocast: let the caller's autocast reach the flow; its latents then lose precision.
+        alpha: the weight of the partner is drawn from Beta(alpha, alpha).
+        partner: "bank" (any training image), "batch" (same label in the batch) or "gaussian" (a draw from the class
+            Gaussian in the principal components).
+        rank: number of leading principal components to mix; None for all.
+        per_axis: whether to draw one weight per principal component instead of one per sample; None chooses by the
+            number of training images per class.
+        rescaled: preserve the class variance, which linear mixing shrinks.
+        redraws: number of times to resample partner and weight when the mixed latent is classified as another class;
+            samples that still fail are rejected. 0 disables the check.
+        policy: overrides of ``p``, ``alpha`` and ``rank`` by class name: a mapping, or the path of a JSON file.
+        mean: mean of the classifier's normalisation per channel; None for images in [0, 1].
+        std: standard deviation of the classifier's normalisation per channel.
+        luminance: apply a greyscale flow to the luminance of RGB images.
+        unknown: what to do with labels that the flow does not have: "error", or "skip" to leave the samples unchanged.
+        class_names: class names of the data set in label order, to be compared with those of the flow.
+        max_outside: reject a decoded image if a larger fraction of its pixels is outside [−0.5, 1.5].
+        batch_size: number of samples per pass through the flow.
+        autocast: let the caller's autocast apply to the flow; this reduces the precision of the latents.
         seed: seed of the random choices.
-        process_index: rank of this process, so that ranks draw differently.
+        process_index: index of this process, so that processes draw different choices.
+
+    Raises:
+        ValueError: if an argument is out of range, or flow, ``pca`` and ``class_names`` do not match.
 
     Example:
         >>> from flowaug import FlowMixupTransform
@@ -64,12 +70,12 @@ class FlowMixupTransform:
         flow: Flow,
         pca: ClasswisePCA,
         *,
-        p: float = 0.5,
-        alpha: float = 1.0,
+        p: float = MIXUP_DEFAULTS["p"],
+        alpha: float = MIXUP_DEFAULTS["alpha"],
         partner: str = "bank",
         rank: int | None = None,
-        per_axis: bool = False,
-        rescaled: bool = False,
+        per_axis: bool | None = MIXUP_DEFAULTS["per_axis"],
+        rescaled: bool = MIXUP_DEFAULTS["rescaled"],
         redraws: int = 0,
         policy: Mapping[str, Mapping[str, float]] | str | Path | None = None,
         mean: Sequence[float] | None = None,
@@ -88,26 +94,43 @@ class FlowMixupTransform:
         check_class_names(flow.class_names, class_names)
         check_pair(flow, pca)
         names = flow.class_names or (tuple(class_names) if class_names else None)
-        table = MixPolicy(p, alpha, rank, _read_policy(policy), names, pca.num_classes, pca.rank)
+        class_policy = MixPolicy(p, alpha, rank, read_policy(policy), names, pca.num_classes, pca.rank)
+        if per_axis is None:
+            per_axis = has_few_images(len(pca.coords), pca.num_classes)
+
+        self.settings = {"p": p, "alpha": alpha, "partner": partner, "rank": rank}
+        self.settings |= {"per_axis": per_axis, "rescaled": rescaled, "redraws": redraws}
         self.flow = flow.freeze()
         self.pca = pca
-        self.sampler = PlanSampler(pca, table, partner, per_axis, rescaled, seed, process_index, redraws)
+        self.sampler = PlanSampler(pca, class_policy, partner, per_axis, rescaled, seed, process_index, redraws)
         self.mean, self.std = _channel_constants(mean, std)
         self.luminance, self.unknown = luminance, unknown
         self.max_outside, self.batch_size, self.autocast = max_outside, batch_size, autocast
-        self._counts = torch.zeros(4, dtype=torch.int64)
-        self._first = True
+        self._counts = torch.zeros(4, dtype=torch.int64)  # as in ``counts``
+        self._first_call = True
         self.to(flow.gaussians.mean.device)
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, device: torch.device | str = "cpu", **keywords
     ) -> "FlowMixupTransform":
-        """Load flow and axes by folder, bundled name, ``local-dir:`` or ``hf-hub:``; keywords as for the class."""
-        return cls(load_flow(source, device), load_pca(source, device), **keywords)
+        """Load a flow with its principal components and its own mixup settings.
+
+        Args:
+            source: folder, bundled name, ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``.
+            device: device of the transform.
+            **keywords: arguments of the class. They default to the settings stored with the flow.
+
+        Raises:
+            FileNotFoundError: if the flow or one of its files does not exist.
+            ValueError: if the checkpoint is damaged or an argument is out of range.
+        """
+        folder = find_flow(source)
+        settings = read_config(folder).get("mixup", {})
+        return cls(load_flow(folder, device), load_pca(folder, device), **{**settings, **keywords})
 
     def to(self, device: torch.device | str) -> "FlowMixupTransform":
-        """Move flow, axes and tables to a device, in place."""
+        """Move the transform to a device, in place."""
         self.flow.to(device)
         self.pca.to(device)
         self.sampler.policy.to(device)
@@ -118,17 +141,21 @@ class FlowMixupTransform:
         """Augment a batch.
 
         Args:
-            x: images (B, C, H, W): uint8, or float in [0, 1] or normalised by ``mean`` and ``std``; any size.
+            x: images (B, C, H, W) of any size: uint8, float in [0, 1], or normalised by ``mean`` and ``std``.
             y: integer labels (B,).
 
         Returns:
-            New images of the same shape, dtype and layout, and ``y`` itself.
+            New images of the same shape, dtype and memory layout, and ``y`` itself.
+
+        Raises:
+            ValueError: if a shape, the number of channels, a label, the range of the pixels or a device does not match.
+            TypeError: if the images are neither floating point nor uint8.
         """
         self._check_values(x, y)
         return self.apply(x, y, self.plan(y)), y
 
     def reseed(self, *numbers: int) -> None:
-        """Draw from now on by several numbers, for example (seed, rank, step): a resumed run then repeats a step."""
+        """Reset the generator, for example to ``(seed, process_index, step)`` so that a resumed run repeats a step."""
         self.sampler.reseed(*numbers)
 
     def plan(self, y: Tensor) -> MixPlan:
@@ -137,7 +164,7 @@ class FlowMixupTransform:
 
     @torch.no_grad()
     def apply(self, x: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
-        """Carry a plan out on images ``x`` (B, C, H, W) with labels ``y`` (B,); returns new images."""
+        """Apply a plan to images ``x`` (B, C, H, W) with labels ``y`` (B,) and return new images."""
         self._check_form(x, y)
         out = x.clone()
         known = y[plan.index].clamp(0, self.pca.num_classes - 1)
@@ -148,23 +175,26 @@ class FlowMixupTransform:
         return out
 
     def pixels(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) as this transform takes them, back in [0, 1] float32."""
+        """Convert images (B, C, H, W) in the format that the transform accepts to float32 in [0, 1]."""
         return self._to_pixels(x).clamp(0, 1)
 
     def _augment(self, x: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
         pixels = self._to_pixels(x)
-        sane = _fraction_outside(pixels) == 0
-        small = self._to_flow(torch.where(sane[:, None, None, None], pixels, 0.0))
+        valid_input = _fraction_outside(pixels) == 0
+        small = self._to_flow(torch.where(valid_input[:, None, None, None], pixels, 0.0))
         decoded, kept = self._mix(small, y, plan)
-        moving = (plan.weight != 0).any(1)
-        fine = sane & kept & torch.isfinite(decoded).flatten(1).all(1)
-        fine &= _fraction_outside(decoded) <= self.max_outside
-        self._count(moving, fine, torch.ones_like(moving) if plan.chosen is None else plan.chosen)
-        residual = enlarge(decoded - small, pixels.shape[2:])
-        return torch.where((moving & fine)[:, None, None, None], self._from_pixels(pixels + residual, x), x)
+
+        mixed = (plan.weight != 0).any(1)
+        accepted = valid_input & kept & torch.isfinite(decoded).flatten(1).all(1)
+        accepted &= _fraction_outside(decoded) <= self.max_outside
+        self._count(mixed, accepted, torch.ones_like(mixed) if plan.chosen is None else plan.chosen)
+
+        # Adding the change at full resolution preserves the detail that the flow does not see.
+        change = enlarge(decoded - small, pixels.shape[2:])
+        return torch.where((mixed & accepted)[:, None, None, None], self._from_pixels(pixels + change, x), x)
 
     def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
-        """New images (M, C, H, W), and whether they kept their label, bool (M,)."""
+        """Mix images at the flow's size; the second result (M,) tells which samples kept their label."""
         z = torch.cat([self.flow.encode(part)[0] for part in small.split(self.batch_size)]).float()
         if plan.redraws:
             mixed, kept = mix_keeping_labels(z, y, self.pca, plan, self.flow.gaussians)
@@ -173,6 +203,7 @@ class FlowMixupTransform:
         return torch.cat([self.flow.decode(part) for part in mixed.split(self.batch_size)]).float(), kept
 
     def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
+        """Mix latents; subclasses can replace this step."""
         return mix_latents(z, y, self.pca, plan)
 
     def _to_pixels(self, x: Tensor) -> Tensor:
@@ -191,31 +222,33 @@ class FlowMixupTransform:
             pixels = (pixels * pixels.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
         return quantise(resize(pixels, self.flow.event_shape[1:]))
 
-    def _count(self, moving: Tensor, fine: Tensor, chosen: Tensor) -> None:
-        counts = torch.stack([(moving & fine).sum(), (moving & ~fine).sum(), (chosen & ~moving).sum()])
-        self._counts[1:] += counts
+    def _count(self, mixed: Tensor, accepted: Tensor, chosen: Tensor) -> None:
+        self._counts[1:] += torch.stack([(mixed & accepted).sum(), (mixed & ~accepted).sum(), (chosen & ~mixed).sum()])
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples seen, augmented, refused (NaN, out of range, label lost), drawn without partner or known label."""
-        seen, augmented, refused, idle = self._counts.tolist()
-        return {"seen": seen, "augmented": augmented, "refused": refused, "no_partner": idle}
+        """Number of samples so far, by outcome.
+
+        ``seen``: all samples. ``augmented``: mixed. ``refused``: rejected (NaN, decoded out of range, label lost): left
+        unchanged. ``no_partner``: selected, but without a partner or with an unknown label: left unchanged.
+        """
+        return dict(zip(("seen", "augmented", "refused", "no_partner"), self._counts.tolist(), strict=True))
 
     def sum_counts(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Make `counts` those of all processes, over which ``reduce`` sums a tensor."""
+        """Sum ``counts`` over all processes with ``reduce``, which sums a tensor over them."""
         self._counts = reduce(self._counts)
 
     def state_dict(self) -> dict:
-        """State of the generator and the counts, JSON-able; for ``accelerator.register_for_checkpointing``."""
+        """Return the generator state and the counts, as JSON types; see ``Accelerator.register_for_checkpointing``."""
         return {"rng": self.sampler.rng.bit_generator.state, "counts": self._counts.tolist()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore a state returned by ``state_dict``."""
         self.sampler.rng.bit_generator.state = state["rng"]
         self._counts.copy_(torch.tensor(state["counts"]))
 
     def __repr__(self) -> str:
-        """Architecture, classes and counts."""
+        """Return a summary with architecture, number of classes and counts."""
         name = self.flow.config.get("architecture", "flow")
         counts = ", ".join(f"{k}={v}" for k, v in self.counts.items())
         sizes = f"K={self.pca.num_classes}, rank={self.pca.rank}"
@@ -223,65 +256,42 @@ class FlowMixupTransform:
 
     def _check_form(self, x: Tensor, y: Tensor) -> None:
         check_batch(x, y, self.pca.axes.device)
-        channels, wanted = x.shape[1], self.flow.event_shape[0]
-        if channels == wanted or (wanted == 1 and channels == 3 and self.luminance):
+        channels, expected = x.shape[1], self.flow.event_shape[0]
+        if channels == expected or (expected == 1 and channels == 3 and self.luminance):
             return
-        hint = "; pass luminance=True to move the luminance of RGB images" if (wanted, channels) == (1, 3) else ""
-        raise ValueError(f"the images have {channels} channels but the flow was trained on {wanted}{hint}")
+        hint = "; pass luminance=True to augment the luminance of RGB images" if (expected, channels) == (1, 3) else ""
+        raise ValueError(f"the images have {channels} channels but the flow was trained on {expected}{hint}")
 
     def _check_values(self, x: Tensor, y: Tensor) -> None:
         self._check_form(x, y)
-        if self._first or x.device.type == "cpu":  # elsewhere a look at values would make the host wait
-            self._check_labels(y)
-        if self._first and len(x):
-            self._check_range(x)
-        self._first = False
-
-    def _check_labels(self, y: Tensor) -> None:
-        num_classes = self.pca.num_classes
-        if self.unknown == "error" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
-            raise ValueError(
-                f"labels run from {int(y.min())} to {int(y.max())} but the flow knows {num_classes} classes, 0 to "
-                f"{num_classes - 1}; pass unknown='skip' to leave the others alone, or a flow trained on these classes"
-            )
-
-    def _check_range(self, x: Tensor) -> None:
-        pixels = self._to_pixels(x)
-        pixels = pixels[pixels.isfinite()]
-        if len(pixels) and not -INPUT_TOLERANCE <= pixels.min() <= pixels.max() <= 1 + INPUT_TOLERANCE:
-            raise ValueError(
-                f"pixels run from {pixels.min():.3g} to {pixels.max():.3g} after undoing mean and std, not [0, 1]: "
-                "pass the mean and std your images are normalised with, or images in [0, 1] or uint8"
-            )
+        # Reading values synchronizes a GPU, so check the labels of the first batch only there.
+        if self.unknown == "error" and (self._first_call or x.device.type == "cpu"):
+            check_labels(y, self.pca.num_classes)
+        if self._first_call and len(x):
+            check_range(self._to_pixels(x))
+        self._first_call = False
 
 
 def enlarge(change: Tensor, size: Sequence[int]) -> Tensor:
-    """A change of the flow's images (B, C, h, w), for images of another ``size`` (H, W); bicubic."""
+    """Resize the change of images (B, C, h, w) to ``size`` (H, W) by bicubic interpolation."""
     if tuple(change.shape[2:]) == tuple(size):
         return change
     return F.interpolate(change, tuple(size), mode="bicubic", align_corners=False)
 
 
-def _read_policy(policy: Mapping | str | Path | None) -> Mapping | None:
-    if not isinstance(policy, str | Path):
-        return policy
-    try:
-        return json.loads(Path(policy).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"the policy {policy} is not valid JSON ({error}); expected {{name: {{p: 0.5}}}}") from error
-
-
 def _channel_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation, (C, 1, 1) each; 0 and 1 if not given."""
     if (mean is None) != (std is None):
         raise ValueError("pass both mean and std of the classifier's normalisation, or neither for images in [0, 1]")
     mean, std = torch.tensor(mean or [0.0]), torch.tensor(std or [1.0])
     if mean.ndim != 1 or mean.shape != std.shape or not (std > 0).all():
         raise ValueError(
-            f"mean {mean.tolist()} and std {std.tolist()}: expected one number per channel each, std positive"
+            f"mean is {mean.tolist()} and std is {std.tolist()}; expected one number per channel each, std positive"
         )
     return mean[:, None, None].float(), std[:, None, None].float()
 
 
 def _fraction_outside(x: Tensor) -> Tensor:
+    """Return the fraction of pixels of each image that are NaN or outside ``SAFE_RANGE``."""
     inside = (x >= SAFE_RANGE[0]) & (x <= SAFE_RANGE[1])
     return 1 - inside.flatten(1).float().mean(1)

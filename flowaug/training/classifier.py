@@ -1,9 +1,10 @@
-"""What ``finetune.py`` builds before its loop: the classifier and its weights, the schedule, the way of a batch."""
+"""The classifier of a fine-tuning: its construction, optimizer, schedule, loss, evaluation and output folder."""
 
-import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import timm
 import torch
@@ -11,86 +12,130 @@ from timm.data import resolve_data_config
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from flowaug.data.transforms import Preprocess
 from flowaug.files import pack, write_atomic, write_json
 from flowaug.flows.checkpoint import CONFIG, WEIGHTS
-from flowaug.training.pipeline import BatchPipeline
-from flowaug.training.weights import _weights
+from flowaug.training.options import DEFAULT_EPOCHS, ClassifierOptions, ClassifierTrainingOptions, ScheduleOptions
+from flowaug.training.weights import weight_keywords
 
 
-def create_classifier(args: argparse.Namespace, num_classes: int, channels: int):
-    """Build the timm model of ``--model``.
+@dataclass(frozen=True)
+class InputSpec:
+    """What a classifier expects of its input.
 
-    Returns:
-        The model and ((C, H, W) of its input, mean, std).
+    Attributes:
+        size: (C, H, W).
+        mean: normalisation per channel.
+        std: normalisation per channel.
+    """
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def create_classifier(
+    options: ClassifierOptions, num_classes: int, channels: int, load_weights: bool = True
+) -> tuple[nn.Module, InputSpec]:
+    """Create a timm model and return it with what it expects of its input.
+
+    Args:
+        options: which model and which weights.
+        num_classes: number of classes K.
+        channels: channels of the images, 1 or 3.
+        load_weights: False downloads nothing and starts from random weights, for a plan.
 
     Raises:
         ValueError: an unknown model, or weights that do not fit it.
-        FileNotFoundError: no weights at ``--checkpoint``.
+        FileNotFoundError: there are no weights at ``options.checkpoint``.
     """
-    _check_name(args.model)
-    model = _create_model(args.model, _constructor_options(args, num_classes, channels) | _weights(args))
-    model.pretrained_cfg.pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
-    config = resolve_data_config({"img_size": args.img_size} if args.img_size else {}, model=model)
+    _check_name(options.model)
+    keywords = weight_keywords(options.model, options.pretrained, options.checkpoint, options.model_kwargs)
+    if not load_weights and options.checkpoint is None:
+        keywords = {"pretrained": False}
+    model = _create_model(options.model, constructor_options(options, num_classes, channels) | keywords)
+    pretrained_cfg(model).pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
+    config = resolve_data_config({"img_size": options.img_size} if options.img_size else {}, model=model)
     side = config["input_size"][-1]
     mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
-    return model, ((channels, side, side), mean, std)
+    return model, InputSpec((channels, side, side), mean, std)
 
 
-def _constructor_options(args: argparse.Namespace, num_classes: int, channels: int) -> dict:
-    options = {"num_classes": num_classes, "in_chans": channels, **args.model_kwargs}
-    if args.drop:
-        options["drop_rate"] = args.drop
-    if args.drop_path:
-        options["drop_path_rate"] = args.drop_path
-    if args.img_size and _takes_img_size(args.model, options):
-        options["img_size"] = args.img_size
-    return options
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """Return timm's description of a model and its weights."""
+    return cast(Any, model).pretrained_cfg
+
+
+def constructor_options(options: ClassifierOptions, num_classes: int, channels: int) -> dict[str, Any]:
+    """Return the arguments of the model's constructor."""
+    keywords = {"num_classes": num_classes, "in_chans": channels, **options.model_kwargs}
+    if options.drop:
+        keywords["drop_rate"] = options.drop
+    if options.drop_path:
+        keywords["drop_path_rate"] = options.drop_path
+    if options.img_size and _takes_img_size(options.model, keywords):
+        keywords["img_size"] = options.img_size
+    return keywords
 
 
 def write_classifier(
-    folder: Path, args: argparse.Namespace, model: nn.Module, pipeline: BatchPipeline, class_names: Sequence[str]
+    folder: Path, model: nn.Module, model_args: dict[str, Any], spec: InputSpec, class_names: Sequence[str]
 ) -> None:
-    """Write what ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads: weights and ``config.json``."""
-    mean, std = (getattr(pipeline, name).flatten().tolist() for name in ("mean", "std"))
-    layers = {name: model.pretrained_cfg.get(name) for name in ("first_conv", "classifier")}
-    data = {"input_size": pipeline.input_size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+    """Write weights and the ``config.json`` that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads.
+
+    Args:
+        folder: the output folder.
+        model: a trained timm model.
+        model_args: arguments of its constructor.
+        spec: what it expects of its input.
+        class_names: names in label order.
+    """
+    layers = {name: pretrained_cfg(model).get(name) for name in ("first_conv", "classifier")}
+    data = {
+        "input_size": list(spec.size),
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+    }
     config = {
-        "architecture": model.pretrained_cfg["architecture"],
+        "architecture": pretrained_cfg(model)["architecture"],
         "num_classes": len(class_names),
         "num_features": model.num_features,
         "label_names": list(class_names),
-        "model_args": _constructor_options(args, len(class_names), pipeline.input_size[0]),
+        "model_args": model_args,
         "pretrained_cfg": data | layers | {"num_classes": len(class_names)},
     }
     write_json(folder / CONFIG, config)
     write_atomic(folder / WEIGHTS, pack(model.state_dict()))
 
 
-def _create_model(name: str, options: dict) -> nn.Module:
+def _create_model(name: str, keywords: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(name, **options)
+        return timm.create_model(name, **keywords)
     except OSError as error:  # no network, no such file on the hub
         reason = str(error).partition("\n")[0]
         raise OSError(
-            f"the weights of {name} cannot be fetched ({reason}); give a file with --checkpoint, or --no-pretrained to "
-            "start from random ones"
+            f"the weights of {name} cannot be downloaded ({reason}); give a file with --checkpoint, or --no-pretrained "
+            "to start from random weights"
         ) from error
 
 
 def _check_name(name: str) -> None:
     if not timm.is_model(timm.models.parse_model_name(name)[1].split(".")[0]) and ":" not in name:
         close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise ValueError(f"timm has no model {name!r}; models of a like name: {close}")
+        raise ValueError(f"timm has no model {name!r}; models with a similar name: {close}")
 
 
-def _takes_img_size(name: str, options: dict) -> bool:
-    """Whether the constructor has an ``img_size``: those of convolutional networks refuse it."""
+def _takes_img_size(name: str, keywords: dict[str, Any]) -> bool:
+    """Return whether the constructor has an ``img_size``; those of convolutional networks refuse it."""
     try:
         with torch.device("meta"):
-            timm.create_model(name, img_size=64, **options)
+            timm.create_model(name, img_size=64, **keywords)
     except TypeError:
         return False
     except (AssertionError, ValueError, RuntimeError):  # 64 does not suit its patches, so it does read the size
@@ -98,62 +143,78 @@ def _takes_img_size(name: str, options: dict) -> bool:
     return True
 
 
-def create_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Timm's optimiser of ``--opt``, with layer-wise decay of the learning rate if ``--layer-decay`` is given."""
-    options = {"opt": args.opt, "lr": args.lr, "weight_decay": args.weight_decay, "momentum": args.momentum}
-    return create_optimizer_v2(model, layer_decay=args.layer_decay, **options)
+def create_optimizer(
+    model: nn.Module, training: ClassifierTrainingOptions, schedule: ScheduleOptions
+) -> torch.optim.Optimizer:
+    """Create timm's optimizer, with layer-wise decay of the learning rate if the options ask for it."""
+    return create_optimizer_v2(
+        model,
+        opt=training.opt,
+        lr=schedule.lr,
+        weight_decay=training.weight_decay,
+        momentum=training.momentum,
+        layer_decay=training.layer_decay,
+    )
 
 
-def create_schedule(args: argparse.Namespace, optimizer, steps: int):
-    """Timm's scheduler of ``--sched`` over ``steps``; what timm calls an epoch is one step here."""
-    cycle = max(1, steps // args.lr_cycles)
-    return create_scheduler_v2(
+def create_schedule(optimizer: torch.optim.Optimizer, schedule: ScheduleOptions, steps: int) -> Scheduler:
+    """Create timm's learning-rate scheduler over ``steps`` optimizer steps; what timm calls an epoch is one step."""
+    scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched=args.sched,
-        num_epochs=cycle,
-        min_lr=args.min_lr,
-        warmup_epochs=int(args.warmup_share * steps),
-        warmup_lr=args.lr / 100,
-        decay_epochs=max(1, round(args.decay_share * steps)),
-        decay_rate=args.decay_rate,
-        cycle_limit=args.lr_cycles,
-        cycle_decay=args.lr_cycle_decay,
+        sched=schedule.sched,
+        num_epochs=max(1, steps // schedule.lr_cycles),
+        min_lr=schedule.min_lr,
+        warmup_epochs=int(schedule.warmup_ratio * steps),
+        warmup_lr=schedule.lr / 100,
+        decay_epochs=max(1, round(schedule.decay_ratio * steps)),
+        decay_rate=schedule.decay_rate,
+        cycle_limit=schedule.lr_cycles,
+        cycle_decay=schedule.lr_cycle_decay,
         step_on_epochs=True,
-    )[0]
+    )
+    return cast(Scheduler, scheduler)
 
 
-def create_loss(args: argparse.Namespace) -> nn.Module:
-    """Cross entropy: of soft labels where Mixup or CutMix makes them, else of hard ones, smoothed if asked for."""
-    if args.mixup or args.cutmix:
-        return SoftTargetCrossEntropy()
-    return nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+def create_loss(soft_labels: bool, smoothing: float) -> nn.Module:
+    """Create the cross entropy: of soft labels after Mixup or CutMix, else of hard labels, smoothed."""
+    return SoftTargetCrossEntropy() if soft_labels else nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
-def count_steps(args: argparse.Namespace, loader) -> tuple[int, int]:
-    """Optimiser steps of the training, and of an epoch."""
-    per_epoch = max(1, len(loader) // args.grad_accum_steps)
-    return args.steps or args.epochs * per_epoch, per_epoch
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """Return the memory format of the classifier and its input."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def evaluation_steps(steps: int, per_epoch: int) -> int:
-    """Steps between evaluations: whole epochs, ten times in all at most."""
+def count_steps(training: ClassifierTrainingOptions, batches: int) -> tuple[int, int]:
+    """Return the optimizer steps of the training and of an epoch, given the batches per epoch of a process."""
+    per_epoch = max(1, batches // training.grad_accum_steps)
+    return training.steps or (training.epochs or DEFAULT_EPOCHS) * per_epoch, per_epoch
+
+
+def evaluation_interval(steps: int, per_epoch: int) -> int:
+    """Return the steps between evaluations: whole epochs, at most ten evaluations in all."""
     return per_epoch * max(1, math.ceil(steps / per_epoch) // 10)
 
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, loader, pipeline: BatchPipeline, device: torch.device, reduce=lambda t: t, real=None
-) -> dict:
-    """Top-1 and top-5 accuracy and the number of images, over all processes, each image counted once.
+    model: nn.Module,
+    loader,
+    preprocess: Preprocess,
+    device: torch.device,
+    reduce: Callable[[Tensor], Tensor] = lambda t: t,
+    real=None,
+) -> dict[str, float]:
+    """Return top-1 and top-5 accuracy and the number of images over all processes, each image counted once.
 
-    Processes may have different numbers of batches: they meet only at the end, so a model that is wrapped for training
-    on several processes, which would exchange buffers at every batch, is looked into.
+    Processes may have different numbers of batches and meet only at the end. A model that is wrapped for training on
+    several processes would exchange buffers at every batch, so the wrapped model is used.
 
     Args:
-        model: classifier; left in the mode it was in.
-        loader: this process's share of (uint8 images, labels).
-        pipeline: what brings images to the classifier's input.
-        device: where the model lives.
+        model: classifier; left in its present mode.
+        loader: this process's part of the (uint8 images, labels).
+        preprocess: from images in [0, 1] to the classifier's input.
+        device: where the model is.
         reduce: sums a tensor over the processes.
         real: ImageNet's ReaL labels, for ``real_top1`` and ``real_top5``; None leaves them out.
     """
@@ -164,7 +225,7 @@ def accuracy(
         real.reset()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for x, y in loader:
-        logits = model(pipeline.evaluate(x.to(device)))
+        logits = model(preprocess(x.to(device).float() / 255))
         best = logits.topk(min(5, logits.shape[1]), 1).indices == y.to(device)[:, None]
         sums += torch.stack([best[:, 0].sum(), best.any(1).sum(), sums.new_tensor(len(y))])
         if real is not None:
@@ -175,6 +236,6 @@ def accuracy(
     return values if real is None else values | _real_accuracy(reduce(real.sums().to(device)))
 
 
-def _real_accuracy(sums: Tensor) -> dict:
+def _real_accuracy(sums: Tensor) -> dict[str, float]:
     top1, top5, count = sums.tolist()
     return {"real_top1": top1 / max(count, 1), "real_top5": top5 / max(count, 1)}

@@ -1,15 +1,19 @@
-"""What a training leaves for people and machines: metrics, pictures, the folder of a flow and its model card."""
+"""The folder of a trained flow: checkpoint, moments, metrics, pictures and model card."""
 
 import json
 from pathlib import Path
+from typing import Any
 
+from flowaug.data import ImageDataset
+from flowaug.data.wds.dataset import StreamDataset
 from flowaug.evaluation.pictures import draw_flow
-from flowaug.files import pack, write_atomic
+from flowaug.files import markdown_table, pack, write_atomic
 from flowaug.flows.checkpoint import save_flow
 from flowaug.flows.flow import Flow
 from flowaug.flows.passes import ImageTable
 from flowaug.latents.moments import ClassMoments
 from flowaug.latents.pca import ClasswisePCA
+from flowaug.mixup.settings import MIXUP_DEFAULTS
 from flowaug.training.logs import MetricsLog
 
 MOMENTS = "moments.safetensors"
@@ -20,42 +24,43 @@ def write_flow_folder(
     flow: Flow,
     pca: ClasswisePCA,
     moments: ClassMoments,
-    dataset,
+    dataset: ImageDataset | StreamDataset,
     train: ImageTable,
     val: ImageTable,
-    recipe: dict,
+    options: dict[str, Any],
     log: MetricsLog,
 ) -> None:
-    """Write checkpoint, moments, metrics, pictures and card of a trained flow.
+    """Write checkpoint, moments, metrics, pictures and model card of a trained flow.
 
     Args:
-        folder: where to.
+        folder: the output folder.
         flow: the averaged flow.
-        pca: its class axes.
+        pca: its class principal components.
         moments: class moments of the training images' latents.
         dataset: the training data set (for names).
         train: training images.
         val: validation images, which the pictures show.
-        recipe: options that made the flow.
-        log: the numbers of the run.
+        options: options of the training.
+        log: metrics of the run.
     """
-    save_flow(flow, folder, pca, class_names=list(dataset.class_names), recipe=recipe, data=dataset.fingerprint())
+    facts = {"class_names": list(dataset.class_names), "mixup": MIXUP_DEFAULTS}
+    save_flow(flow, folder, pca, **facts, recipe=options, data=dataset.fingerprint())
     write_atomic(folder / MOMENTS, pack(moments.tensors()))
     summary = log.finish(train_images=len(train), val_images=len(val))
-    log.plot(["bits_per_dim", "nf_acc"], f"{dataset.name}: flow on the val split")
+    log.plot(["bits_per_dim", "nf_acc"], f"{dataset.name}: flow on the validation set")
     draw_flow(flow, pca, val, folder)
-    write_atomic(folder / "README.md", model_card(flow, pca, dataset.name, recipe, summary).encode())
+    write_atomic(folder / "README.md", model_card(flow, pca, dataset.name, options, summary).encode())
 
 
-def model_card(flow: Flow, pca: ClasswisePCA, dataset: str, recipe: dict, summary: dict) -> str:
-    """Model card of a flow as markdown: what it is, its numbers, its recipe and how to use it."""
+def model_card(flow: Flow, pca: ClasswisePCA, dataset: str, options: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Return the model card of a flow as markdown: what it is, its metrics, its options and how to use it."""
     parameters = sum(p.numel() for p in flow.parameters())
-    rows = "\n".join(f"| {k} | {_show(v)} |" for k, v in summary.items())
+    metrics = markdown_table(("metric", "value"), ((name, _show(value)) for name, value in summary.items()))
     return f"""# Flow for {dataset}
 
 A conditional normalizing flow `{flow.config["architecture"]}` ({parameters / 1e6:.2f} M parameters) for images of shape
-{tuple(flow.event_shape)}, {flow.config["num_classes"]} classes, with {pca.rank} principal axes per class, made by
-`train_flow.py` of [flowaug](https://pypi.org/project/flowaug/).
+{tuple(flow.event_shape)} and {flow.config["num_classes"]} classes, with {pca.rank} principal components per class,
+trained by [flowaug](https://pypi.org/project/flowaug/).
 
 ```python
 from flowaug import FlowMixupTransform
@@ -64,21 +69,19 @@ flow_mixup = FlowMixupTransform.from_pretrained("path/to/this/folder")
 x, y = flow_mixup(x, y)  # x in [0, 1] or uint8, y integer labels
 ```
 
-## Measured on the val split
+## Metrics on the validation set
 
-| | |
-|---|---|
-{rows}
+{metrics}
 
-`samples.png` shows draws from the class Gaussians, `augmented.png` images of the val split mixed with training images.
+`samples.png` shows samples of every class, `augmented.png` validation images before and after flow mixup.
 
-## Recipe
+## Options of the training
 
 ```json
-{json.dumps(recipe, indent=2)}
+{json.dumps(options, indent=2)}
 ```
 """
 
 
-def _show(value) -> str:
+def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
-"""What a classifier's training needs around its loop: transforms, the way of a batch on the device, evaluation."""
+"""From images to the classifier's input: data loaders, offline copies, augmentation of batches on the device."""
 
-import argparse
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -10,112 +10,135 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from flowaug.data import ImageDataset, create_loader
-from flowaug.data.transforms import eval_transform, train_transform
+from flowaug.data.transforms import Preprocess, eval_transform, train_transform
+from flowaug.data.wds.dataset import StreamDataset
 from flowaug.mixup.offline import AugmentedCopies
-from flowaug.pixels import resize
+from flowaug.mixup.transform import FlowMixupTransform
+from flowaug.training.options import ClassifierTrainingOptions, ClassifierTransformOptions, FlowAugOptions
 
 
 class BatchPipeline:
-    """uint8 batches to the classifier's input, on the device, in the one order that keeps labels right.
+    """Augment uint8 batches on the device, in the only order that keeps labels correct.
 
-    Flow mixup (hard labels, [0, 1]) → Mixup/CutMix (soft labels) → resize → normalise → RandomErasing.
+    Flow mixup (hard labels, [0, 1]) → Mixup/CutMix (soft labels) → resize and normalise → RandomErasing.
 
     Args:
-        input_size: (C, H, W) of the classifier.
-        mean: normalisation per channel.
-        std: normalisation per channel.
-        flow_mixup: the flow augmentation or None.
-        mixup: timm's Mixup or None.
-        erasing: timm's RandomErasing or None.
-        flow_off_epoch: epoch from which there is no flow augmentation, None for never.
-        mixup_off_epoch: epoch from which Mixup gives plain labels (one-hot, smoothed), None for never.
+        preprocess: from images in [0, 1] to the classifier's input.
+        flow_mixup: the flow augmentation, or None.
+        mixup: timm's Mixup, or None.
+        erasing: timm's RandomErasing, or None.
+        flow_off_epoch: epoch from which flow mixup is off, None for never.
+        mixup_off_epoch: epoch from which Mixup only makes labels one-hot and smooths them, None for never.
     """
 
     def __init__(
         self,
-        input_size: tuple[int, int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        flow_mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        preprocess: Preprocess,
+        flow_mixup: FlowMixupTransform | None = None,
         mixup: Mixup | None = None,
         erasing: RandomErasing | None = None,
         flow_off_epoch: int | None = None,
         mixup_off_epoch: int | None = None,
     ):
-        self.input_size = input_size
-        self.mean, self.std = (torch.tensor(v)[:, None, None] for v in (mean, std))
+        self.preprocess = preprocess
         self.flow_mixup, self.mixup, self.erasing = flow_mixup, mixup, erasing
-        self.off_epochs = flow_off_epoch, mixup_off_epoch
+        self.flow_off_epoch, self.mixup_off_epoch = flow_off_epoch, mixup_off_epoch
 
-    def to(self, device: torch.device) -> "BatchPipeline":
-        """Move the constants to a device, in place."""
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self
-
-    def train(self, x: Tensor, y: Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Augment a uint8 batch (B, C, h, w) with labels (B,); labels come back soft (B, K) after Mixup."""
-        flow_on, mixup_on = (off is None or epoch < off for off in self.off_epochs)
+    def __call__(self, x: Tensor, y: Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Augment a uint8 batch (B, C, h, w) with labels (B,); after Mixup the labels are soft (B, K)."""
         x = x.float() / 255
-        if self.flow_mixup is not None and flow_on:
+        if self.flow_mixup is not None and _is_on(self.flow_off_epoch, epoch):
             x, y = self.flow_mixup(x, y)
         if self.mixup is not None:
-            self.mixup.mixup_enabled = mixup_on
+            self.mixup.mixup_enabled = _is_on(self.mixup_off_epoch, epoch)
             x, y = self.mixup(x, y)
-        x = self.normalise(x)
+        x = self.preprocess(x)
         return (x if self.erasing is None else self.erasing(x)), y
 
-    def evaluate(self, x: Tensor) -> Tensor:
-        """Map a uint8 batch (B, C, h, w) to the classifier's input."""
-        return self.normalise(x.float() / 255)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """Resize images in [0, 1] to the input size and normalise them."""
-        return (resize(x, self.input_size[1:]) - self.mean) / self.std
+def _is_on(off_epoch: int | None, epoch: int) -> bool:
+    return off_epoch is None or epoch < off_epoch
 
 
-def memory_format(args: argparse.Namespace) -> torch.memory_format:
-    """Memory format of the classifier and its input."""
-    return torch.channels_last if args.channels_last else torch.contiguous_format
+def create_pipeline(
+    preprocess: Preprocess,
+    transforms: ClassifierTransformOptions,
+    num_classes: int,
+    device: torch.device,
+    flow_mixup: FlowMixupTransform | None = None,
+    flow_off_epoch: int | None = None,
+) -> BatchPipeline:
+    """Create the augmentation of batches on a device."""
+    mixup = None
+    if transforms.mixes:
+        mixup = Mixup(
+            transforms.mixup, transforms.cutmix, label_smoothing=transforms.smoothing, num_classes=num_classes
+        )
+    erasing = RandomErasing(transforms.reprob, mode="pixel", device=str(device)) if transforms.reprob else None
+    return BatchPipeline(
+        preprocess.to(device),
+        flow_mixup,
+        mixup,
+        erasing,
+        flow_off_epoch=flow_off_epoch,
+        mixup_off_epoch=transforms.mixup_off_epoch,
+    )
 
 
-def create_pipeline(args: argparse.Namespace, spec, flow_mixup, num_classes: int, device) -> BatchPipeline:
-    """The way of a batch to the classifier of ``spec = (input size, mean, std)``, on ``device``."""
-    erasing = RandomErasing(args.reprob, mode="pixel", device=str(device)) if args.reprob else None
-    off = {"flow_off_epoch": args.flow_aug_off_epoch, "mixup_off_epoch": args.mixup_off_epoch}
-    return BatchPipeline(*spec, flow_mixup, create_mixup(args, num_classes), erasing, **off).to(device)
-
-
-def create_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    """Build timm's Mixup and CutMix, or None when neither is asked for."""
-    if not (args.mixup or args.cutmix):
-        return None
-    return Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
-
-
-def loaded_size(input_size: tuple[int, int, int], dataset: ImageDataset) -> int:
-    """Height and width at which images are loaded: the model's, or the data set's own if that is smaller."""
+def loaded_size(input_size: tuple[int, int, int], dataset: ImageDataset | StreamDataset) -> int:
+    """Return the side at which images are loaded: the model's, or the data set's own if that is smaller."""
     return min(input_size[-1], max(dataset.image_size))
 
 
-def create_copies(args: argparse.Namespace, dataset: ImageDataset, flow_mixup, input_size, *share) -> AugmentedCopies:
-    """The copies of ``--flow-aug-copies``; with ``--flow-aug-or-aa`` those that the flow has moved are spared --aa.
+def create_copies(
+    dataset: ImageDataset | StreamDataset,
+    flow_mixup: FlowMixupTransform,
+    flow_aug: FlowAugOptions,
+    transforms: ClassifierTransformOptions,
+    input_size: tuple[int, int, int],
+    seed: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    reduce: Callable[[Tensor], Tensor] = lambda t: t,
+) -> AugmentedCopies:
+    """Create the offline copies of ``--flow-aug-copies``.
 
-    ``share`` is (rank, world_size, reduce) of `AugmentedCopies` where there are several processes.
+    With ``--flow-aug-or-aa`` images that flow mixup changed get the transform without auto-augment.
     """
-    for_moved = None
-    if args.flow_aug_or_aa:
-        spared = argparse.Namespace(**{**vars(args), "aa": None})
-        for_moved = train_transform(loaded_size(input_size, dataset), input_size[0], spared)
-    return AugmentedCopies(dataset, flow_mixup, args.flow_aug_copies, args.seed, for_moved, *share)
+    without_aa = None
+    if flow_aug.flow_aug_or_aa:
+        plain = dataclasses.replace(transforms, aa=None)
+        without_aa = train_transform(loaded_size(input_size, dataset), input_size[0], plain)
+    copies = flow_aug.flow_aug_copies or 0
+    return AugmentedCopies(dataset, flow_mixup, copies, seed, without_aa, process_index, num_processes, reduce)
 
 
-def create_loaders(args: argparse.Namespace, sets, input_size: tuple[int, int, int], accelerator: Accelerator):
-    """Loaders of uint8 images; those smaller than the model's input are enlarged on the device, after the flow."""
-    train_set, val_set = sets
+def create_loaders(
+    train_set,
+    val_set,
+    input_size: tuple[int, int, int],
+    transforms: ClassifierTransformOptions,
+    training: ClassifierTrainingOptions,
+    workers: int,
+    accelerator: Accelerator,
+) -> tuple:
+    """Create the loaders of uint8 images to train and to validate on.
+
+    Images that are smaller than the model's input are enlarged on the device, after flow mixup.
+    """
     size = loaded_size(input_size, train_set)
-    place = (accelerator.process_index, accelerator.num_processes)
-    batch = min(args.batch_size, len(train_set) // accelerator.num_processes)
-    options = (args.seed, args.workers, *place)
-    transform = train_transform(size, input_size[0], args)
-    train = create_loader(train_set, transform, batch, True, *options, drop_last=True, copies=args.dataset_copies)
-    return train, create_loader(val_set, eval_transform(size), batch, False, *options)
+    process = accelerator.process_index, accelerator.num_processes
+    batch_size = min(training.batch_size, len(train_set) // accelerator.num_processes)
+    transform = train_transform(size, input_size[0], transforms)
+    train = create_loader(
+        train_set,
+        transform,
+        batch_size,
+        True,
+        training.seed,
+        workers,
+        *process,
+        drop_last=True,
+        repeats=training.epoch_repeats,
+    )
+    return train, create_loader(val_set, eval_transform(size), batch_size, False, training.seed, workers, *process)

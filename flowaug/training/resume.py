@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowaug.files import pack, temporary_name, write_atomic
 
-PATIENCE = 10  # seconds to wait for a folder: the loaders' workers of a killed run notice it after 5
+LOCK_TIMEOUT_S = 10  # seconds to wait for a folder: the loaders' workers of a killed run notice it after 5
 _TENSOR = "__tensor__"
 
 
@@ -66,7 +66,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
 
 
 @contextmanager
-def sole_writer(folder: Path, main: bool = True) -> Iterator[None]:
+def exclusive_folder(folder: Path, main: bool = True) -> Iterator[None]:
     """Keep a folder for one run, by a lock file that goes when the run ends and binds nobody when it is killed.
 
     Args:
@@ -82,7 +82,7 @@ def sole_writer(folder: Path, main: bool = True) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
     except Timeout as error:
         raise ValueError(
             f"another run is writing to {folder}; wait for it to end, or give this one another --output"
@@ -95,7 +95,7 @@ def sole_writer(folder: Path, main: bool = True) -> Iterator[None]:
         lock.release()
 
 
-class Run:
+class TrainingState:
     """The parts of a training that change from step to step, saved and restored together.
 
     Args:

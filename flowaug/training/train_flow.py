@@ -1,281 +1,226 @@
 """Train a conditional normalizing flow for flow augmentation.
 
-    python train_flow.py                                    # embedded digits, about two minutes on a laptop
-    python train_flow.py --dataset fashion_mnist --output runs/fashion
-    accelerate launch train_flow.py --data-dir photos/ --output runs/photos
+    flowaug train-flow                                     # embedded digits, about a minute on a laptop
+    flowaug train-flow --dataset fashion_mnist --output runs/fashion
+    accelerate launch -m flowaug train-flow --data-dir photos/ --output runs/photos
 
-The schedule is that of NFPI (Enescu & Sahbi): initialise on data, warm up under one unit Gaussian, solve once for the
-class Gaussians by fixed-point iteration, then train to them by likelihood. Options left out come from the data set's
-recipe.
+The schedule is that of Enescu & Sahbi (NFPI): initialise on data, warm up under one unit Gaussian, solve once for the
+class Gaussians by fixed-point iteration, then train by maximum likelihood. Options that are not given come from the
+recipe of the data set.
 """
 
-import argparse
-import sys
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from flowaug import create_flow
 from flowaug.data.wds.dataset import StreamDataset, count_skipped
-from flowaug.data.wds.index import is_shards
 from flowaug.evaluation.oracle import Oracle, load_teacher
 from flowaug.evaluation.pictures import draw_progress
+from flowaug.flows.flow import Flow
 from flowaug.flows.passes import AveragedFlow, ImageTable, evaluate, fit_pca, reduced
 from flowaug.latents.moments import ClassMoments
 from flowaug.training.dry_run import flow_plan
-from flowaug.training.flow_batches import augment, crops, inherited_options, start_from, training_batches
+from flowaug.training.flow_batches import FlowBatches, augment
 from flowaug.training.flow_folder import write_flow_folder
-from flowaug.training.gaussian_schedule import (
-    ESTIMATOR_DEFAULTS,
-    GaussianSchedule,
-    check_estimator_options,
-    check_gaussian_options,
-    settle_gaussian_options,
-)
+from flowaug.training.flow_setup import create, fit_schedule, initialise, learning_rate, read_table
+from flowaug.training.gaussian_schedule import GaussianSchedule
 from flowaug.training.logs import MetricsLog
 from flowaug.training.optimizers import flow_optimizer
-from flowaug.training.options import flow_parser
-from flowaug.training.recipes import deciding_options, load_split, parse_with_recipe
-from flowaug.training.resume import Run, sole_writer
-from flowaug.training.runtime import create_accelerator, keep_freed_memory, start_tracking
-
-INIT_BATCH = 512
-ANNEAL_SHARE = 0.4
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; options left out come from the recipe."""
-    args = parse_with_recipe(flow_parser(__doc__), argv, "flow", settle_recipe)
-    check_gaussian_options(args)
-    return args
+from flowaug.training.options import TrainFlowOptions
+from flowaug.training.options.command_line import parse_options
+from flowaug.training.resume import TrainingState, exclusive_folder
+from flowaug.training.runtime import (
+    create_accelerator,
+    keep_freed_memory,
+    one_sentence_errors,
+    shell_command,
+    start_tracking,
+    sum_over_processes,
+)
 
 
-def settle_recipe(given: argparse.Namespace, recipe: dict) -> dict:
-    """What the recipe comes to beside the options given: --init-from and --estimator decide some of it."""
-    check_estimator_options(given)
-    return recipe | ESTIMATOR_DEFAULTS.get(given.estimator, {}) | inherited_options(given)
-
-
-def recipe_of(args: argparse.Namespace) -> dict:
-    """The options that decide the numbers of the trained flow."""
-    skip = ("eval_every", "recompute")
-    ordered = crops(args) and is_shards(args.dataset, args.data_dir)  # a stream comes in an order of its workers
-    return deciding_options(args, skip if ordered else (*skip, "workers"))
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then as --lr-schedule says: the averaged weights settle while it falls."""
-    warm = min(1.0, (step + 1) / max(args.warmup_steps, 1))
-    if args.lr_schedule == "halving":
-        return args.lr * warm * 0.5 ** (3 * step // args.steps)
-    return args.lr * min(warm, (args.steps - step) / ((args.anneal_share or ANNEAL_SHARE) * args.steps))
-
-
-def load_sets(args: argparse.Namespace, accelerator: Accelerator) -> dict:
-    """Open both splits and settle the number of steps."""
-    sets = {split: load_split(args, split) for split in ("train", "val")}
-    if args.estimator == "glem" and crops(args) and isinstance(sets["train"], StreamDataset):
-        raise ValueError("--estimator glem takes images by place, which shards cannot give timm's crops; leave one out")
-    per_epoch = max(1, len(sets["train"]) // (args.batch_size * accelerator.num_processes))
-    args.steps = min(args.steps, args.max_epochs * per_epoch)
-    check_schedule(args)
-    return sets
-
-
-def check_schedule(args: argparse.Namespace) -> None:
-    """Raise a ValueError for options about the course of the training that cannot be."""
-    if args.swa_from is not None and args.swa_from >= args.steps:
-        raise ValueError(f"--swa-from {args.swa_from} is never reached in {args.steps} steps; choose an earlier step")
-    if args.anneal_share is not None and args.lr_schedule != "linear":
-        raise ValueError(f"--lr-schedule {args.lr_schedule} has no --anneal-share; leave one of them out")
-    if args.anneal_share is not None and not 0 < args.anneal_share <= 1:
-        raise ValueError(f"--anneal-share is {args.anneal_share}; expected more than 0 and at most 1")
-
-
-def load_tables(args: argparse.Namespace, sets: dict, accelerator: Accelerator) -> list[ImageTable]:
-    """Read both splits into memory at the size of the flow."""
-    size, place = (args.image_size, args.image_size), (accelerator.process_index, accelerator.num_processes)
-    train = sets["train"]
-    return [
-        ImageTable(*data.read_table(size, train.channels), len(train.class_names), 256, *place)
-        for data in sets.values()
-    ]
-
-
-def initialise(flow, table: ImageTable, args: argparse.Namespace) -> None:
-    """Data-dependent initialisation on the same images on every process."""
-    generator = torch.Generator().manual_seed(args.seed)
-    chosen = torch.randperm(len(table), generator=generator)[:INIT_BATCH]
-    flow.initialise(flow.dequantise(augment(table.images[chosen], args, generator), generator))
-
-
-def create(args: argparse.Namespace, dataset):
-    """A flow of the recipe's architecture."""
-    flow = create_flow(
-        args.model,
-        event_shape=(dataset.channels, args.image_size, args.image_size),
-        num_classes=len(dataset.class_names),
-        grey_levels=2**args.bits if args.bits else dataset.grey_levels,
-        seed=args.seed,
-        **({"coupling": args.coupling} if args.coupling else {}),
-        **args.model_kwargs,
-    )
-    flow.class_names = dataset.class_names
-    return flow
-
-
-def begin(flow, table: ImageTable, args: argparse.Namespace) -> None:
-    """Set the flow's parameters to those of --init-from, or by the data."""
-    if args.init_from:
-        start_from(flow, args.init_from)
-    else:
-        initialise(flow, table, args)
-
-
-class Training:
-    """A flow in training: what changes from step to step, and the steps.
+class FlowTraining:
+    """A flow in training: the state that changes from step to step, and the steps.
 
     Args:
-        args: settled options.
+        options: options whose schedule fits the data (`fit_schedule`).
         accelerator: devices and processes.
-        flow: the flow at its start.
-        table: the training images.
-        val: the images that it is judged by.
-        teachers: whose soft labels the posterior learns, in turns if several; none for the labels themselves.
+        flow: the initialised flow.
+        batches: the training batches.
+        val: validation images.
+        teachers: classifiers whose soft labels the classification term learns, alternating by step; none for the
+            labels themselves.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        options: TrainFlowOptions,
         accelerator: Accelerator,
-        flow,
-        table: ImageTable,
+        flow: Flow,
+        batches: FlowBatches,
         val: ImageTable,
         teachers: Sequence[Oracle],
     ):
-        self.args, self.accelerator, self.table, self.val = args, accelerator, table, val
+        training = options.training
+        self.options, self.training, self.accelerator = options, training, accelerator
+        self.batches, self.table, self.val = batches, batches.table, val
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.flow, self.teachers = flow.to(self.device), [teacher.to(self.device) for teacher in teachers]
-        self.averaged = AveragedFlow(flow, args.ema_decay, args.swa_from)
-        self.dtype = getattr(torch, args.conditioner_dtype)
-        flow.set_training_form(self.dtype, args.recompute, args.torchcompile)
-        self.optimizer = flow_optimizer(flow, args.opt, args.lr)
-        self.log = MetricsLog(args.output, self.main, start_tracking(accelerator, "train_flow", recipe_of(args)))
-        self.schedule = GaussianSchedule(args, table, accelerator.reduce, flow)
+        self.averaged = AveragedFlow(flow, training.ema_decay, training.swa_from)
+        self.dtype = getattr(torch, training.conditioner_dtype)
+        flow.set_training_form(self.dtype, training.grad_checkpointing, training.torchcompile)
+        self.optimizer = flow_optimizer(flow, training.opt, training.lr)
+
+        self.reduce = sum_over_processes(accelerator)
+        decisive, output = options.training_options(), options.run.output
+        self.log = MetricsLog(output, self.main, start_tracking(accelerator, "train_flow", decisive))
+        self.schedule = GaussianSchedule(
+            options.gaussians, training.steps, training.seed, self.table, self.reduce, flow
+        )
         parts = (flow, self.averaged, self.optimizer, self.log, self.schedule)
-        self.state = Run(args.output, recipe_of(args), *parts)
-        self.start = self.state.restore() if args.resume == "auto" else 0
+        self.state = TrainingState(output, decisive, *parts)
+        self.start = self.state.restore() if options.run.resume == "auto" else 0
+        if self.start:
+            accelerator.print(f"resuming {output} at step {self.start}")
         self.model, self.generator = accelerator.prepare(flow), torch.Generator(self.device)
         self.began = time.time()
 
-    def run(self, dataset) -> None:
-        """Take all steps that are left."""
+    def run(self) -> None:
+        """Take all remaining steps."""
         if self.start == 0:
             self.set_gaussians(0)
-        batches = training_batches(self.schedule.phases(), dataset, self.table, self.args, self.start)
-        steps, hidden = self.args.steps, not self.main
+        batches = self.batches.phases(self.schedule.phases(), self.start)
+        steps, hidden = self.training.steps, not self.main
         with tqdm(total=steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True) as bar:
             for step, batch in enumerate(batches, self.start):
                 loss = self.take_step(step, *batch)
                 self.set_gaussians(step + 1)
-                self.look(step + 1, loss, bar)
+                self.after_step(step + 1, loss, bar)
                 bar.update()
 
-    def take_step(self, step: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Change the weights once; returns the loss."""
-        self.generator.manual_seed((self.args.seed << 40) + (step << 12) + self.accelerator.process_index)
+    def take_step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
+        """Update the weights once; return the loss."""
+        self.generator.manual_seed((self.training.seed << 40) + (step << 12) + self.accelerator.process_index)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.args)
-        x, y = augment(x.to(self.device), self.args, self.generator), y.to(self.device)
+            group["lr"] = learning_rate(step, self.training)
+
+        x, y = augment(x.to(self.device), self.options.transforms, self.generator), y.to(self.device)
         soft = self.soft_labels(step, x)
         x = self.flow.dequantise(x, self.generator)
-        loss = self.flow.bits_per_dim(self.model(x, y, self.args.posterior_weight, soft)).mean()
+        log_prob = self.model(x, y, self.options.gaussians.posterior_weight, soft)
+        loss = self.flow.bits_per_dim(log_prob).mean()
+
         self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.averaged.update(self.flow, step=step)
         return loss
 
-    def soft_labels(self, step: int, x: torch.Tensor) -> torch.Tensor | None:
-        """What a teacher says of images (B, C, H, W) in [0, 1]: probabilities (B, K); None without a teacher.
+    def soft_labels(self, step: int, x: Tensor) -> Tensor | None:
+        """Return a teacher's probabilities (B, K) for images (B, C, H, W) in [0, 1]; None without a teacher.
 
-        Several take turns: the loss is linear in what they say, so its mean over them is that of their mean.
+        Several teachers alternate: the loss is linear in the probabilities, so its mean over the teachers is the loss
+        of their mean.
         """
         if not self.teachers:
             return None
         teacher = self.teachers[step % len(self.teachers)]
-        return teacher.probabilities(x, bool(self.args.hflip), self.dtype)
+        return teacher.probabilities(x, bool(self.options.transforms.hflip), self.dtype)
 
     def set_gaussians(self, done: int) -> None:
-        """Set the class Gaussians, of the averaged flow too, if they are due after ``done`` steps."""
+        """Set the class Gaussians, also of the averaged flow, if they are due after ``done`` steps."""
         if note := self.schedule.after(done, self.flow):
             self.log.note("class_gaussians", note)
             self.averaged.module.gaussians.load_state_dict(self.flow.gaussians.state_dict())
 
-    def look(self, done: int, loss: torch.Tensor, bar: tqdm) -> None:
-        """Judge, draw and save after ``done`` steps, where it is time to."""
-        last = done == self.args.steps
-        if done % self.args.eval_every == 0 or last:
-            values = evaluate(self.averaged.module, self.val, self.device, self.accelerator.reduce)
+    def after_step(self, done: int, loss: Tensor, bar: tqdm) -> None:
+        """Evaluate, draw and save after ``done`` steps, where it is due."""
+        last = done == self.training.steps
+        if done % self.training.eval_every == 0 or last:
+            values = evaluate(self.averaged.module, self.val, self.device, self.reduce)
             self.log.write(done, {"train_loss": loss.item(), **values}, bar)
             if self.main and not last:
-                draw_progress(self.averaged.module, self.table, self.val, self.args.output)
-        if done % self.args.save_every == 0 and self.main:
+                draw_progress(self.averaged.module, self.table, self.val, self.options.run.output)
+        if done % self.options.run.save_every == 0 and self.main:
             self.state.save(done)
 
     def finish(self, dataset) -> None:
-        """Fit moments and class axes to the averaged flow and write its folder."""
-        args, table, reduce = self.args, self.table, self.accelerator.reduce
+        """Fit moments and class principal components to the averaged flow and write its folder."""
+        options, table, reduce = self.options, self.table, self.reduce
         final = self.averaged.module.eval()
         moments = ClassMoments.zeros(table.num_classes, final.dim, self.device)
-        pca = fit_pca(final, table, self.device, args.rank, args.partners_per_class, reduce, moments)
+        partners = options.flow.partners_per_class
+        pca = fit_pca(final, table, self.device, options.flow.rank, partners, reduce, moments)
         moments = reduced(moments, reduce)
         self.log.note("train_seconds", round(time.time() - self.began, 1))
         if self.main:
-            recipe = recipe_of(args)
-            write_flow_folder(args.output, final, pca, moments, dataset, table, self.val, recipe, self.log)
+            decisive = options.training_options()
+            write_flow_folder(options.run.output, final, pca, moments, dataset, table, self.val, decisive, self.log)
             self.state.discard()
         self.accelerator.wait_for_everyone()
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    """Train a flow and write its folder; returns the folder."""
-    sets = load_sets(args, accelerator)
-    settle_gaussian_options(args)
-    flow = create(args, sets["train"])
-    if args.dry_run:
-        accelerator.print(flow_plan(args, flow, sets["train"], len(sets["val"]), accelerator))
-        return args.output
-    teachers = [load_teacher(name, sets["train"]) for name in args.teacher or ()]
-    with sole_writer(args.output, accelerator.is_main_process):
-        table, val = load_tables(args, sets, accelerator)
-        begin(flow, table, args)
-        training = Training(args, accelerator, flow, table, val, teachers)
-        training.run(sets["train"])
+def train_flow(options: TrainFlowOptions, accelerator: Accelerator) -> Path | None:
+    """Train a flow and write its folder; return the folder, or None after ``--dry-run``.
+
+    Raises:
+        ValueError: options or data that cannot be used.
+        FileNotFoundError: data, teacher or initial flow are not there.
+    """
+    sets = {split: options.data.open(split) for split in ("train", "val")}
+    options = fit_schedule(options, len(sets["train"]), accelerator.num_processes)
+    _check_streams(options, sets["train"])
+    flow = create(options.flow, sets["train"], options.training.seed)
+    accelerator.print(flow_plan(options, flow, sets["train"], len(sets["val"]), accelerator))
+    if options.run.dry_run:
+        return None
+    teachers = [load_teacher(name, sets["train"]) for name in options.gaussians.teacher or ()]
+    with exclusive_folder(options.run.output, accelerator.is_main_process):
+        table, val = (read_table(data, sets["train"], options.flow.image_size, accelerator) for data in sets.values())
+        initialise(flow, table, options)
+        training = options.training
+        batches = FlowBatches(
+            sets["train"], table, options.transforms, training.batch_size, training.seed, options.run.workers
+        )
+        run = FlowTraining(options, accelerator, flow, batches, val, teachers)
+        run.run()
         if skipped := count_skipped(sets):
-            training.log.note("skipped", skipped)
-        training.finish(sets["train"])
-    return args.output
+            run.log.note("skipped", skipped)
+        run.finish(sets["train"])
+    return options.run.output
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line: one sentence and exit code 1 on failure."""
-    try:
-        args = parse_args(argv)
+def _check_streams(options: TrainFlowOptions, train) -> None:
+    streamed = isinstance(train, StreamDataset) and options.uses_timm_transforms
+    if options.gaussians.estimator == "glem" and streamed:
+        raise ValueError(
+            "--estimator glem needs random access to images, which webdataset shards with timm's transforms do not "
+            "have; leave out --estimator glem, or --scale, --ratio, --aa and --color-jitter"
+        )
+
+
+def next_command(options: TrainFlowOptions, folder: Path) -> str:
+    """Return the command that fine-tunes a classifier with a trained flow on the same data."""
+    data = {item.name: getattr(options.data, item.name) for item in dataclasses.fields(options.data)}
+    defaults = {item.name: item.default for item in dataclasses.fields(options.data)}
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in data.items() if value != defaults[name]]
+    return shell_command("finetune", *(part for pair in given for part in pair), "--flow-aug", folder)
+
+
+def main(argv: list[str] | None = None, prog: str = "flowaug train-flow") -> None:
+    """Run the command; end with one sentence and exit code 1 on an error."""
+    with one_sentence_errors(prog):
+        options = parse_options(TrainFlowOptions, argv, prog, __doc__)
         keep_freed_memory()
-        accelerator = create_accelerator(args)
-        folder = train(args, accelerator)
-        if not args.dry_run:
-            accelerator.print(f"flow written to {folder}; next: python finetune.py --flow-aug {folder}")
+        accelerator = create_accelerator(options.run.cpu, options.run.log_with, options.run.output, "no")
+        folder = train_flow(options, accelerator)
+        if folder is not None:
+            accelerator.print(f"flow written to {folder}; next: {next_command(options, folder)}")
         accelerator.end_training()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_flow.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

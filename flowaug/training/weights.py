@@ -1,7 +1,7 @@
-"""Pretrained weights of a classifier: timm's, or those of a file."""
+"""Pretrained weights of a classifier: timm's own, or those of a file."""
 
-import argparse
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -11,25 +11,48 @@ from torch import Tensor
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def _weights(args: argparse.Namespace) -> dict:
-    """How timm is to find the weights."""
-    if args.checkpoint is None:
-        published = timm.models.is_model_pretrained(args.model) if args.pretrained is None else args.pretrained
-        return {"pretrained": published and not args.dry_run}  # a plan downloads nothing
-    tensors = read_checkpoint(args.checkpoint, args.model, args.model_kwargs)
-    config = timm.models.get_pretrained_cfg(args.model.split(":")[-1])
-    head = tensors.get(f"{_head(config)}.weight")
-    overlay = {"state_dict": tensors, "num_classes": len(head) if head is not None else 0, "source": ""}
-    return {"pretrained": True, "pretrained_cfg_overlay": overlay | {"custom_load": False}}
+def weight_keywords(
+    model: str,
+    pretrained: bool | None,
+    checkpoint: Path | None,
+    model_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the keywords that tell ``timm.create_model`` where the weights are.
+
+    Args:
+        model: timm model.
+        pretrained: start from timm's weights; None for "where timm has some".
+        checkpoint: file of weights, or None.
+        model_kwargs: further arguments of the model's constructor.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no weights, or those of another architecture.
+    """
+    if checkpoint is None:
+        available = timm.models.is_model_pretrained(model)
+        return {"pretrained": available if pretrained is None else pretrained}
+    tensors = read_checkpoint(checkpoint, model, model_kwargs)
+    config = timm.models.get_pretrained_cfg(model.split(":")[-1])
+    head = tensors.get(f"{_head_name(config)}.weight")
+    overlay = {
+        "state_dict": tensors,
+        "num_classes": len(head) if head is not None else 0,
+        "source": "",
+        "custom_load": False,
+    }
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
-def _head(config) -> str:
+def _head_name(config) -> str:
     head = config.classifier if config is not None else None
     return head if isinstance(head, str) else ""
 
 
-def read_checkpoint(path: Path, name: str, model_kwargs: dict | None = None) -> dict[str, Tensor]:
-    """Weights of a timm model from a file; the names of another code base are matched one for one, by order.
+def read_checkpoint(path: Path, name: str, model_kwargs: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """Read the weights of a timm model from a file.
+
+    Weights of another code base, under other names, are matched one for one by order and shape.
 
     Args:
         path: ``.safetensors``, or a ``.pth`` that holds tensors only: nothing else is unpickled.
@@ -37,8 +60,8 @@ def read_checkpoint(path: Path, name: str, model_kwargs: dict | None = None) -> 
         model_kwargs: further arguments of its constructor.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not weights, or of another architecture.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no weights, or those of another architecture.
     """
     if not Path(path).is_file() or Path(path).suffix not in WEIGHT_FILES:
         raise FileNotFoundError(f"no weights at {str(path)!r}; expected a file ending in {', '.join(WEIGHT_FILES)}")
@@ -59,7 +82,7 @@ def _match_by_order(tensors: dict[str, Tensor], expected: dict[str, Tensor], pat
     theirs, ours = ([tuple(t.shape) for t in part.values()] for part in (tensors, expected))
     if theirs != ours:
         raise ValueError(
-            f"{path} has other names than {name!r} and its {len(theirs)} tensors do not match the model's {len(ours)} "
+            f"{path} has other names than {name!r}, and its {len(theirs)} tensors do not match the model's {len(ours)} "
             "in order and shape; it belongs to another architecture"
         )
     return dict(zip(expected, tensors.values(), strict=True))

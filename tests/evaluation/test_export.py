@@ -71,12 +71,12 @@ def test_webdataset_reads_the_shards(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["folder", "webdataset"])
-def test_an_interrupted_export_ends_in_the_same_files(tmp_path, layout):
+def test_interrupted_export_continues_to_the_same_files(tmp_path, layout):
     data, options = images(CHUNK + 5), {"copies": 2, "layout": layout, "seed": 3}
     export(transform(), data, tmp_path / "whole", **options)
     export(transform(), data, tmp_path / "cut", **{**options, "copies": 1})
-    victims = sorted(p for p in (tmp_path / "cut").rglob("*") if p.suffix in (".png", ".tar"))[1::2]
-    for path in victims:
+    removed = sorted(p for p in (tmp_path / "cut").rglob("*") if p.suffix in (".png", ".tar"))[1::2]
+    for path in removed:
         path.unlink()
     kept = next(p for p in (tmp_path / "cut").rglob("*") if p.suffix in (".png", ".tar"))
     before = kept.stat().st_mtime_ns
@@ -87,7 +87,7 @@ def test_an_interrupted_export_ends_in_the_same_files(tmp_path, layout):
     assert export(transform(), data, tmp_path / "cut", **options)["images"] == 0
 
 
-def test_another_seed_gives_other_images(tmp_path):
+def test_different_seeds_give_different_images(tmp_path):
     data = images()
     for seed in (0, 1):
         export(transform(), data, tmp_path / str(seed), seed=seed)
@@ -123,7 +123,7 @@ def test_class_names_become_folder_names(tmp_path):
     assert json.loads((tmp_path / MANIFEST).read_text())["class_names"] == ["T-shirt/top", "Dress"]
 
 
-def test_global_rngs_are_left_alone(tmp_path):
+def test_global_generators_are_unchanged(tmp_path):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     export(transform(), images(), tmp_path)
     assert torch.equal(torch.get_rng_state(), torch_state)

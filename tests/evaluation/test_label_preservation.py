@@ -17,7 +17,7 @@ WEIGHTS = (0.0, 0.5, 1.0)
 
 
 class Brightness(torch.nn.Module):
-    """Calls dark images 0, middling ones 1, bright ones 2; its features are the mean pixels of the channels."""
+    """Classify dark images as 0, medium ones as 1, bright ones as 2; the features are the channel means."""
 
     def forward_features(self, x):
         return x.mean((2, 3))
@@ -57,32 +57,32 @@ def test_report_equals_a_direct_computation(transform, batch):
     x = images.float() / 255
     for row in report["weights"]:
         augmented = transform.apply(x, targets, fixed_plan(transform, targets, row["weight"]))
-        right = oracle()(augmented) == targets
-        assert row["accuracy"] == pytest.approx(right.double().mean().item())
+        correct = oracle()(augmented) == targets
+        assert row["accuracy"] == pytest.approx(correct.double().mean().item())
         assert row["kept"] == row["accuracy"]
-        assert row["per_class"] == [right[targets == k].double().mean().item() for k in range(3)]
+        assert row["per_class"] == [correct[targets == k].double().mean().item() for k in range(3)]
         assert row["rms_distance"] == pytest.approx((augmented - x).square().mean().sqrt().item(), abs=1e-6)
         means = (image.mean((2, 3)) for image in (x, augmented))
         assert row["fid"] == pytest.approx(fid(*means), abs=1e-6)
 
 
-def test_report_says_what_a_training_gets(flow, pca, batch, monkeypatch):
+def test_drawn_row_augments_as_in_training(flow, pca, batch, monkeypatch):
     images, targets = batch
     transform = FlowMixupTransform(flow, pca, p=0.1, per_axis=True, rescaled=True, redraws=1)
     drawn = label_preservation(transform, oracle(), images, targets, (), seed=3)["drawn"]
     x = images.float() / 255
     augmented = transform.apply(x, targets, drawn_plan(transform, targets, 3))
-    assert drawn["moved"] == (augmented != x).flatten(1).any(1).double().mean().item() > 0.1
+    assert drawn["changed"] == (augmented != x).flatten(1).any(1).double().mean().item() > 0.1
     assert drawn["rms_distance"] == pytest.approx((augmented - x).square().mean().sqrt().item(), abs=1e-6)
-    odds = iter([-1.0, -2.0, -2.0])  # of the images, and of two choices
+    margins = iter([-1.0, -2.0, -2.0])  # of the images, then of two draws
     monkeypatch.setattr(
-        "flowaug.latents.gaussians.ClassGaussians.margin", lambda self, z, y: torch.full(y.shape, next(odds))
+        "flowaug.latents.gaussians.ClassGaussians.margin", lambda self, z, y: torch.full(y.shape, next(margins))
     )
     lost = label_preservation(transform, oracle(), images, targets, (), seed=3)["drawn"]
-    assert (lost["moved"], lost["accuracy"]) == (0, 1.0)
+    assert (lost["changed"], lost["accuracy"]) == (0, 1.0)
 
 
-def test_preview_of_weights_for_each_axis_shows_draws_of_every_image(flow, pca, batch, tmp_path):
+def test_preview_with_per_axis_weights_shows_draws_for_every_image(flow, pca, batch, tmp_path):
     x, y = batch[0][:3].float() / 255, batch[1][:3]
     one, each = (FlowMixupTransform(flow, pca, p=0.1, per_axis=per_axis) for per_axis in (False, True))
     state = each.sampler.rng.bit_generator.state
@@ -97,20 +97,20 @@ def test_preview_of_weights_for_each_axis_shows_draws_of_every_image(flow, pca, 
     assert each.sampler.policy.max_p == 0.1
 
 
-def test_weight_zero_moves_nothing_and_weights_move_ever_further(transform, batch):
+def test_distance_is_zero_at_weight_zero_and_increases_with_the_weight(transform, batch):
     rows = label_preservation(transform, oracle(), *batch, WEIGHTS)["weights"]
-    assert (rows[0]["moved"], rows[0]["rms_distance"], rows[0]["accuracy"]) == (0, 0, 1)
+    assert (rows[0]["changed"], rows[0]["rms_distance"], rows[0]["accuracy"]) == (0, 0, 1)
     assert abs(rows[0]["fid"]) < 1e-6 < rows[1]["fid"] < rows[2]["fid"]
     assert rows[0]["rms_distance"] < rows[1]["rms_distance"] < rows[2]["rms_distance"]
 
 
-def test_what_the_guard_sends_back_does_not_count_as_moved(transform, batch, monkeypatch):
+def test_rejected_images_do_not_count_as_changed(transform, batch, monkeypatch):
     monkeypatch.setattr(transform.flow, "decode", lambda z: torch.full((len(z), 3, 8, 8), 1e6))
     row = label_preservation(transform, oracle(), *batch, (1.0,))["weights"][0]
-    assert (row["moved"], row["rms_distance"]) == (0, 0)
+    assert (row["changed"], row["rms_distance"]) == (0, 0)
 
 
-def test_an_oracle_that_is_always_wrong(transform, batch):
+def test_classifier_that_is_always_wrong(transform, batch):
     images, _ = batch
     report = label_preservation(transform, oracle(), images, torch.full((9,), 2), (0.5,))
     assert report["original"]["per_class"] == [None, None, pytest.approx(1 / 3)]
@@ -118,23 +118,23 @@ def test_an_oracle_that_is_always_wrong(transform, batch):
     assert (report["weights"][0]["kept"], report["weights"][0]["fid"]) == (None, None)
 
 
-def test_an_oracle_without_features(transform, batch):
-    with pytest.raises(ValueError, match="take a model of timm"):
+def test_classifier_without_features(transform, batch):
+    with pytest.raises(ValueError, match="use a timm model"):
         label_preservation(transform, oracle(torch.nn.Flatten()), *batch)
 
 
 def test_no_images(transform, batch):
-    with pytest.raises(ValueError, match="0 images and 0 labels"):
+    with pytest.raises(ValueError, match="there are 0 images and 0 labels"):
         label_preservation(transform, oracle(), batch[0][:0], batch[1][:0])
 
 
-def test_rgb_images_before_a_grey_flow_need_luminance(batch):
+def test_rgb_images_with_a_grey_flow_require_luminance(batch):
     flow = make_flow((1, 8, 8))
     pca = make_pca(flow)
     with pytest.raises(ValueError, match="luminance=True"):
         label_preservation(FlowMixupTransform(flow, pca), oracle(), *batch)
     rows = label_preservation(FlowMixupTransform(flow, pca, luminance=True), oracle(), *batch, (0.5,))["weights"]
-    assert rows[0]["moved"] == 1
+    assert rows[0]["changed"] == 1
 
 
 def test_files(transform, batch, tmp_path):
@@ -150,7 +150,7 @@ def test_files(transform, batch, tmp_path):
         assert image.width > 300
 
 
-def test_small_oracle_learns_and_is_kept(tmp_path):
+def test_small_oracle_learns_and_is_cached(tmp_path):
     data = ImageDataset(*bright_images(60), NAMES, name="bright")
     state = torch.get_rng_state()
     first = small_oracle(data, tmp_path, (8, 8), 3, steps=30)
@@ -173,7 +173,7 @@ def test_oracle_from_a_checkpoint(tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     loaded = load_oracle("test_resnet", 3, 3, tmp_path / "model.safetensors", 32)
     x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(loaded(x), model(loaded.pipeline.normalise(x)).argmax(1))
+    assert torch.equal(loaded(x), model(loaded.preprocess(x)).argmax(1))
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_oracle("test_resnet", 5, 3, tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights at 'nowhere"):
@@ -182,7 +182,7 @@ def test_oracle_from_a_checkpoint(tmp_path):
         load_oracle("no_such_model", 3, 3, tmp_path / "model.safetensors")
 
 
-def test_probabilities_of_an_image_and_its_mirror_are_averaged():
+def test_probabilities_are_averaged_over_an_image_and_its_flip():
     class Left(torch.nn.Module):
         def forward(self, x):
             return torch.stack([x[..., :4].sum((1, 2, 3)), x[..., 4:].sum((1, 2, 3))], 1) * 0.01
@@ -194,7 +194,7 @@ def test_probabilities_of_an_image_and_its_mirror_are_averaged():
     assert oracle(Left()).probabilities(x, dtype=torch.bfloat16).dtype == torch.float32
 
 
-def test_grey_images_before_an_rgb_oracle():
+def test_grey_images_with_an_rgb_classifier():
     assert oracle()(torch.full((2, 1, 8, 8), 0.8)).tolist() == [2, 2]
     with pytest.raises(ValueError, match="takes 3 channels"):
         oracle()(torch.zeros(2, 2, 8, 8))

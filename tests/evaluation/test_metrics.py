@@ -8,13 +8,13 @@ from flowaug.evaluation.oracle import Oracle, load_oracle, small_oracle
 from tests import oracles
 from tests.conftest import NAMES
 
-# numbers of real and fake samples, dimension, k; the third has fewer samples than dimensions, the fifth ties
+# numbers of real and fake samples, dimension, k
 CASES = {
     "alike": (40, 40, 3, 5),
     "uneven": (30, 17, 4, 3),
-    "few": (7, 9, 12, 2),
+    "few": (7, 9, 12, 2),  # fewer samples than dimensions
     "line": (25, 30, 1, 1),
-    "ties": (36, 20, 2, 4),
+    "ties": (36, 20, 2, 4),  # rounded, so that distances are equal
 }
 
 
@@ -26,14 +26,14 @@ def samples(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fid_equals_the_matrix_root(name):
+def test_fid_matches_the_matrix_square_root(name):
     real, fake, _ = samples(name)
     assert fid(real, fake) == pytest.approx(float(oracles.frechet_distance(real, fake)), rel=1e-6)
     assert fid(real, real) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fid_equals_torchmetrics(name):
+def test_fid_matches_torchmetrics(name):
     frechet = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
     real, fake, _ = samples(name)
     identity = torch.nn.Flatten()
@@ -45,7 +45,7 @@ def test_fid_equals_torchmetrics(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_density_and_coverage_equal_the_definition_whatever_the_block(name, monkeypatch):
+def test_density_and_coverage_match_the_definition_for_any_block_size(name, monkeypatch):
     real, fake, k = samples(name)
     expected = oracles.density_and_coverage(real, fake, k)
     for block in (1, 100, 2**23):
@@ -53,8 +53,8 @@ def test_density_and_coverage_equal_the_definition_whatever_the_block(name, monk
         assert (density(real, fake, k), coverage(real, fake, k)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"ties"}))  # sklearn's distances round, which unties ties
-def test_density_and_coverage_equal_prdc(name, capsys):
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"ties"}))  # rounding errors of sklearn's distances break ties
+def test_density_and_coverage_match_prdc(name, capsys):
     compute = pytest.importorskip("prdc").compute_prdc
     real, fake, k = samples(name)
     expected = compute(real.double().numpy(), fake.double().numpy(), k)
@@ -62,7 +62,7 @@ def test_density_and_coverage_equal_prdc(name, capsys):
     assert coverage(real, fake, k) == pytest.approx(expected["coverage"], rel=1e-6)
 
 
-def test_metrics_tell_a_lost_mode_from_noise():
+def test_metrics_distinguish_a_missing_mode_from_noise():
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(200, 2, generator=generator) + 10 * (torch.arange(200) % 2)[:, None]
     one_mode, noisy = real[::2] + 0.01, real + 5 * torch.randn(200, 2, generator=generator)
@@ -74,7 +74,7 @@ def test_metrics_tell_a_lost_mode_from_noise():
 
 GOOD = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 BAD = [
-    (lambda: fid(GOOD, GOOD[:, :2]), r"features are \(8, 3\) and \(8, 2\); expected .* same model"),
+    (lambda: fid(GOOD, GOOD[:, :2]), r"features have shapes \(8, 3\) and \(8, 2\); expected .* same model"),
     (lambda: fid(GOOD, GOOD[0]), r"expected \(N, d\) and \(M, d\)"),
     (lambda: fid(GOOD, GOOD[:1]), r"8 real and 1 fake samples are too few; expected at least 2 real and 2 fake"),
     (lambda: density(GOOD[:5], GOOD, 5), r"5 real and 8 fake samples are too few; expected at least 6 real"),
@@ -86,7 +86,10 @@ BAD = [
     (lambda: features(tiny(), torch.full((2, 3, 8, 8), 200.0)), r"not all in \[0, 1\]; expected uint8"),
     (lambda: features(tiny(), torch.full((2, 3, 8, 8), torch.nan)), r"not all in \[0, 1\]"),
     (lambda: features(tiny(), torch.zeros(2, 2, 8, 8)), r"takes 3 channels but the images have 2"),
-    (lambda: features(judge(torch.nn.Flatten()), images(2)[0]), "Flatten has no forward_features .* model of timm"),
+    (
+        lambda: features(classifier(torch.nn.Flatten()), images(2)[0]),
+        "Flatten has no forward_features .* use a timm model",
+    ),
     (lambda: label_reliability(tiny(), images(4)[0], torch.zeros(3)), r"4 images but targets of shape \(3,\)"),
 ]
 
@@ -100,11 +103,11 @@ def test_bad_input(compute, message):
 def tiny(channels=3):
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=3, in_chans=channels)
-    return Oracle.of(model, "tiny", channels, 32)
+    return Oracle.from_timm(model, "tiny", channels, 32)
 
 
-def judge(model):
-    return Oracle(model, (3, 8, 8), (0.0,), (1.0,), "a judge")
+def classifier(model):
+    return Oracle(model, (3, 8, 8), (0.0,), (1.0,), "classifier")
 
 
 def images(count, seed=0):
@@ -115,20 +118,20 @@ def images(count, seed=0):
     return torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(targets)
 
 
-def test_features_are_what_the_last_layer_sees():
+def test_features_are_the_input_of_the_last_layer():
     oracle, (x, _) = tiny(), images(5)
     out = features(oracle, x, batch_size=2)
     assert (out.shape, out.dtype) == ((5, oracle.model.num_features), torch.float64)
-    logits = oracle.model(oracle.pipeline.evaluate(x))
+    logits = oracle.model(oracle.preprocess(x.float() / 255))
     torch.testing.assert_close(oracle.model.fc(out.float()), logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(features(oracle, x.float() / 255), out, rtol=1e-5, atol=1e-6)
 
 
-def test_features_of_a_bare_model_and_of_grey_images():
+def test_features_of_a_timm_model_and_of_grey_images():
     x, _ = images(2)
     model = tiny().model
     bare = features(model, x)
-    torch.testing.assert_close(bare, features(Oracle.of(model, "bare"), x))
+    torch.testing.assert_close(bare, features(Oracle.from_timm(model, "bare"), x))
     assert not torch.allclose(bare, features(tiny(), x))  # 160 pixels a side, not 32
     grey = x[:, :1]
     torch.testing.assert_close(features(tiny(), grey), features(tiny(), grey.expand(-1, 3, -1, -1)))
@@ -142,15 +145,15 @@ def test_features_of_a_checkpoint_of_other_classes(tmp_path):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     oracle = load_oracle("test_resnet", None, 3, tmp_path / "model.safetensors", 32)
     x, _ = images(3)
-    torch.testing.assert_close(features(oracle, x), features(Oracle.of(model, "same", 3, 32), x))
+    torch.testing.assert_close(features(oracle, x), features(Oracle.from_timm(model, "same", 3, 32), x))
 
 
-def test_label_reliability_counts():
+def test_label_reliability_is_the_accuracy():
     class Brightness(torch.nn.Module):
         def forward(self, x):
             return -(x.mean((1, 2, 3))[:, None] - torch.tensor([0.2, 0.5, 0.8])).abs()
 
-    oracle, (x, y) = judge(Brightness()), images(9)
+    oracle, (x, y) = classifier(Brightness()), images(9)
     assert label_reliability(oracle, x, y, batch_size=4) == 1
     assert label_reliability(oracle, x, torch.zeros(9, dtype=torch.int64)) == pytest.approx(1 / 3)
 
@@ -162,7 +165,7 @@ def test_cnn_accuracy_learns_from_the_generated_images():
     assert cnn_accuracy(x, (y + 1) % 3, *real, 3, **options) < 0.1
 
 
-def test_cnn_accuracy_is_seeded_and_leaves_the_rng_alone(monkeypatch):
+def test_cnn_accuracy_is_seeded_and_does_not_change_the_global_generator(monkeypatch):
     monkeypatch.setattr("flowaug.evaluation.metrics.label_reliability", lambda oracle, *rest: oracle.model.fc.weight)
     (x, y), state = images(30), torch.get_rng_state()
     first, again, other = (

@@ -20,11 +20,11 @@ def read(path):
 
 
 def squares(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 200, shape, dtype=np.uint8)  # darker than the white ground
+    return np.random.default_rng(seed).integers(0, 200, shape, dtype=np.uint8)  # darker than the white background
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grid_shows_every_pixel_exactly_at_its_place(tmp_path, channels):
+def test_grid_shows_every_pixel_exactly(tmp_path, channels):
     images = squares(2, 3, channels, 8, 8)
     path = image_grid(images, tmp_path / "new" / "grid.png")
     picture = read(path)
@@ -43,7 +43,7 @@ def test_float_and_bfloat16_images_are_drawn_like_uint8_and_clipped(tmp_path):
     np.testing.assert_array_equal(read(image_grid(images.bfloat16().requires_grad_(), tmp_path / "b.png")), first)
 
 
-def test_labels_and_title_take_room_of_their_own(tmp_path):
+def test_labels_and_title_do_not_overlap_the_images(tmp_path):
     images = squares(2, 2, 1, 60, 60)
     labelled = read(image_grid(images, tmp_path / "labelled.png", [r"$\cat$", "dog"], ["a", "b"]))
     bare = read(image_grid(images, tmp_path / "bare.png"))
@@ -52,18 +52,18 @@ def test_labels_and_title_take_room_of_their_own(tmp_path):
     left, above = (labelled.shape[axis] - bare.shape[axis] for axis in (1, 0))
     for ink in (
         labelled[-136:-76, 12 : 12 + left - 8],  # beside the first row
-        labelled[-72:-12, 12 : 12 + left - 8],  # beside the second
+        labelled[-72:-12, 12 : 12 + left - 8],  # beside the second row
         labelled[12 : 12 + above - 6, -136:-76],  # above the first column
         titled[12 : titled.shape[0] - labelled.shape[0]],
     ):
         assert ink.min() < 100
     inked = np.flatnonzero(labelled[-136:-76, 12 : 12 + left - 8].min(axis=(1, 2)) < 200)
-    assert abs(inked.mean() - 30) < 4  # beside the middle of its row
+    assert abs(inked.mean() - 30) < 4  # vertically centred on its row
     for edge in (titled[:12], titled[-12:], titled[:, :12], titled[:, -12:]):
         assert edge.min() == 255
 
 
-def test_small_images_grow_with_their_column_labels():
+def test_small_images_are_enlarged_to_fit_their_column_labels():
     assert _readable_scale(8, 8, []) == 6
     assert _readable_scale(8, 8, ["a much longer one"]) > 6
     assert _readable_scale(224, 224, ["short"]) == 1
@@ -71,7 +71,7 @@ def test_small_images_grow_with_their_column_labels():
 
 
 @pytest.mark.parametrize("last", [0.5, "0 drawn"])
-def test_augmentation_grid_orders_columns_by_weight_then_name_with_the_partner_last(tmp_path, last):
+def test_augmentation_grid_sorts_columns_by_weight_then_name_with_the_partner_last(tmp_path, last):
     levels = {name: torch.full((1, 1, 80, 80), value) for name, value in zip("oabp", (0.1, 0.2, 0.3, 0.4), strict=True)}
     path = augmentation_grid(
         levels["o"], levels["p"], {last: levels["b"], 0.25: levels["a"]}, ["cat"], tmp_path / "a.png"
@@ -107,14 +107,14 @@ def test_curves_share_a_panel_only_with_a_ylabel(tmp_path):
 
 
 def blue_columns(picture):
-    """Columns of the picture with a pixel of the first colour."""
+    """Return the columns of the picture that contain a pixel of the first colour."""
     return np.flatnonzero((picture == BLUE).all(2).any(0))
 
 
-def test_intervals_are_as_wide_as_they_say_about_their_mean(tmp_path):
+def test_intervals_have_the_given_width_around_their_mean(tmp_path):
     rows = {r"$\flow$": (1.0, 2.0)}, {"flow": (1.0, 1.0)}, {"flow": (1.0, float("inf")), "other": (3.0, 0.0)}
     wide, narrow, dots = (read(intervals({"all": r}, tmp_path / f"{i}.png", "gain")) for i, r in enumerate(rows))
-    assert np.ptp(blue_columns(wide)) > 100  # the axis is fitted to what is drawn
+    assert np.ptp(blue_columns(wide)) > 100  # the axis fits the data
     assert len(blue_columns(dots)) < 20  # two markers
     zero = (wide[wide.shape[0] // 2 - 8] < 100).all(1)
     place = np.flatnonzero(zero[blue_columns(wide).min() : blue_columns(wide).max()]).mean()
@@ -125,20 +125,20 @@ def test_intervals_are_as_wide_as_they_say_about_their_mean(tmp_path):
     assert two.shape[0] == narrow.shape[0] == dots.shape[0] - 30
 
 
-def test_a_title_is_wrapped_to_the_width_of_its_intervals(tmp_path):
+def test_title_is_wrapped_to_the_width_of_the_intervals(tmp_path):
     title = "gain in accuracy over the same training without it"
     picture = read(intervals({"axes": {"swin": (1.0, 1.0)}}, tmp_path / "a.png", title=title))
-    assert (picture[:40, [*range(4), *range(-4, 0)]] == 255).all()  # nothing at the edges, where it was cut off
+    assert (picture[:40, [*range(4), *range(-4, 0)]] == 255).all()  # blank edges, so the title is not cut off
 
 
-def test_panels_of_intervals_have_a_scale_each(tmp_path):
+def test_panels_of_intervals_have_separate_scales(tmp_path):
     picture = read(intervals({"wide": {"x": (0.0, 4.0)}, "narrow": {"x": (0.0, 1.0)}}, tmp_path / "two.png"))
     middle = picture.shape[1] // 2
     wide, narrow = (len(blue_columns(half)) for half in (picture[:, :middle], picture[:, middle:]))
     assert wide / narrow == pytest.approx(1, rel=0.1)
 
 
-def test_panels_of_intervals_go_on_below(tmp_path):
+def test_panels_of_intervals_wrap_to_the_next_line(tmp_path):
     sizes = [
         read(intervals({str(i): {"x": (1.0, 1.0)} for i in range(n)}, tmp_path / f"{n}.png")).shape for n in (4, 7)
     ]
@@ -166,7 +166,7 @@ def test_scatter_of_many_classes_has_no_names(tmp_path):
     assert read(scatter(points, np.arange(count), names, tmp_path / "many.png")).shape[1] == 640
 
 
-def test_nothing_half_written_is_left_and_the_old_file_survives(tmp_path, monkeypatch):
+def test_interrupted_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
     path = image_grid(squares(1, 1, 1, 8, 8), tmp_path / "grid.png")
     old = path.read_bytes()
 
@@ -180,7 +180,7 @@ def test_nothing_half_written_is_left_and_the_old_file_survives(tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
 
 
-def test_plots_leave_pyplot_alone():
+def test_plots_do_not_import_pyplot():
     import subprocess
     import sys
 
@@ -192,7 +192,7 @@ GOOD = squares(2, 3, 1, 4, 4)
 BAD = [
     (lambda p: image_grid(GOOD[0], p), r"shape \(3, 1, 4, 4\); expected \(rows, columns, 1 or 3, H, W\)"),
     (lambda p: image_grid(np.moveaxis(GOOD, 2, -1), p), r"expected \(rows, columns, 1 or 3, H, W\)"),
-    (lambda p: image_grid(GOOD, p, ["a"]), r"1 row labels for 2 rows of images; expected one for each"),
+    (lambda p: image_grid(GOOD, p, ["a"]), r"1 row labels for 2 rows of images; expected one per row"),
     (lambda p: image_grid(GOOD, p, None, ["a"]), r"1 column labels for 3 columns"),
     (lambda p: image_grid(GOOD.astype(int), p), r"images are int64; expected uint8, or float in \[0, 1\]"),
     (lambda p: image_grid(GOOD * np.nan, p), r"images contain NaN"),
@@ -201,8 +201,8 @@ BAD = [
         r"shapes differ: .*'w = 0.5': \(2, 1",
     ),
     (lambda p: curves({}, p), r"series is empty: expected name: \(xs, ys\)"),
-    (lambda p: intervals({}, p), r"panels \[\]: expected at least one"),
-    (lambda p: intervals({"a": {}}, p), r"panels \['a'\]: expected at least one"),
+    (lambda p: intervals({}, p), r"panels \[\]: expected at least one non-empty group"),
+    (lambda p: intervals({"a": {}}, p), r"panels \['a'\]: expected at least one non-empty group"),
     (lambda p: scatter(np.zeros((4, 3)), np.zeros(4, int), "ab", p), r"points have shape \(4, 3\), labels \(4,\)"),
     (lambda p: scatter(np.zeros((4, 2)), np.zeros(3, int), "ab", p), r"expected \(N, 2\) and \(N,\)"),
     (lambda p: curves({"loss": ([1, 2], [1])}, p), r"series \['loss'\]: .* as many xs as ys"),

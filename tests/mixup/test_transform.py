@@ -18,8 +18,8 @@ def batch(count=6, channels=3, size=(8, 8), seed=0):
     return x, torch.arange(count) % 3
 
 
-def still(transform, y):
-    """A plan that moves every sample by weight 0."""
+def zero_weight_plan(transform, y):
+    """Return a plan with weight 0 for every sample."""
     plan = transform.plan(y)
     return MixPlan(plan.index, torch.zeros_like(plan.weight), plan.partner)
 
@@ -44,19 +44,19 @@ def test_changes_images_and_keeps_labels(transform):
 @pytest.mark.parametrize("size", [(8, 8), (20, 13)])
 def test_weight_zero_returns_the_image_exactly(transform, size):
     x, y = batch(size=size)
-    assert torch.equal(transform.apply(x, y, still(transform, y)), x)
+    assert torch.equal(transform.apply(x, y, zero_weight_plan(transform, y)), x)
 
 
-def test_what_loses_its_label_comes_back_exactly_and_is_counted(flow, pca, monkeypatch):
+def test_samples_that_lose_their_label_are_unchanged_and_counted(flow, pca, monkeypatch):
     x, y = batch()
     checked, plain = (FlowMixupTransform(flow, pca, p=1.0, redraws=n) for n in (2, 0))
-    odds = iter([1.0, -1.0, -1.0, -1.0])  # of the images, and of three choices
+    margins = iter([1.0, -1.0, -1.0, -1.0])  # of the images, then of three draws
     monkeypatch.setattr(
-        "flowaug.latents.gaussians.ClassGaussians.margin", lambda self, z, y: torch.full(y.shape, next(odds))
+        "flowaug.latents.gaussians.ClassGaussians.margin", lambda self, z, y: torch.full(y.shape, next(margins))
     )
     assert torch.equal(checked(x, y)[0], x)
     assert checked.counts == {"seen": 6, "augmented": 0, "refused": 6, "no_partner": 0}
-    odds = iter([-2.0, -1.0, -1.0, -1.0])  # no less likely than before
+    margins = iter([-2.0, -1.0, -1.0, -1.0])  # misclassified, but with a larger margin than the image
     checked.reseed(0, 0)
     assert torch.equal(checked(x, y)[0], plain(x, y)[0])
 
@@ -73,17 +73,18 @@ def test_same_size_is_decode_of_the_mixed_latents(transform):
 
 
 @pytest.mark.parametrize("size", [(40, 23), (5, 6)])
-def test_the_flow_meets_large_and_small_images_as_its_training_images_were_made(transform, size, monkeypatch):
-    pixels = np.random.default_rng(0).integers(80, 176, (6, *size, 3), dtype=np.uint8)  # PIL clips between two passes
+def test_images_are_resized_like_the_training_images_of_the_flow(transform, size, monkeypatch):
+    # A limited range of values, because PIL clips between its two passes.
+    pixels = np.random.default_rng(0).integers(80, 176, (6, *size, 3), dtype=np.uint8)
     files = torch.stack([to_pixels(Image.fromarray(image), (8, 8), 3) for image in pixels])
-    met, encode = [], transform.flow.encode
-    monkeypatch.setattr(transform.flow, "encode", lambda x: met.append(x) or encode(x))
+    encoded, encode = [], transform.flow.encode
+    monkeypatch.setattr(transform.flow, "encode", lambda x: encoded.append(x) or encode(x))
     transform(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(6) % 3)
-    torch.testing.assert_close(met[0] * 255, files.float(), rtol=0, atol=1.001)
-    assert (met[0] * 255 - files).abs().mean() < 0.25
+    torch.testing.assert_close(encoded[0] * 255, files.float(), rtol=0, atol=1.001)
+    assert (encoded[0] * 255 - files).abs().mean() < 0.25
 
 
-def test_every_precision_and_layout_gives_the_same_images(transform):
+def test_dtypes_and_memory_layouts_give_the_same_images(transform):
     x, y = batch()
     x = (x * 255).round() / 255
     plan = transform.plan(y)
@@ -109,14 +110,14 @@ def test_normalised_input(flow, pca):
     torch.testing.assert_close(out * std + mean, plain.apply(x, y, plan), rtol=0, atol=1e-5)
 
 
-def test_luminance_moves_all_channels_alike():
+def test_luminance_changes_all_channels_equally():
     flow = make_flow((1, 8, 8))
     x, y = batch()
     transform = FlowMixupTransform(flow, make_pca(flow), p=1.0, luminance=True)
-    step = transform(x, y)[0] - x
-    free = ((x + step > 0) & (x + step < 1)).all(1)  # where nothing was clamped
-    torch.testing.assert_close(step[:, 0][free], step[:, 2][free], rtol=0, atol=1e-5)
-    assert step.abs().max() > 1e-3
+    change = transform(x, y)[0] - x
+    unclamped = ((x + change > 0) & (x + change < 1)).all(1)
+    torch.testing.assert_close(change[:, 0][unclamped], change[:, 2][unclamped], rtol=0, atol=1e-5)
+    assert change.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -134,7 +135,7 @@ def test_any_batch_size(flow, pca, partner, count):
         assert counts["augmented"] == count
 
 
-def test_autocast_and_inference_mode_change_nothing(transform):
+def test_autocast_and_inference_mode_have_no_effect(transform):
     x, y = batch()
     plan = transform.plan(y)
     expected = transform.apply(x, y, plan)
@@ -151,7 +152,7 @@ def test_classifier_can_train_on_the_result(transform):
     assert layer.weight.grad.abs().sum() > 0
 
 
-def test_bad_samples_come_back_as_they_were_and_are_counted(transform):
+def test_invalid_samples_are_unchanged_and_counted(transform):
     x, y = batch()
     transform(x, y)
     x[1, 0, 3, 3] = float("nan")
@@ -162,15 +163,15 @@ def test_bad_samples_come_back_as_they_were_and_are_counted(transform):
     assert transform.counts == {"seen": 12, "augmented": 10, "refused": 2, "no_partner": 0}
 
 
-def test_wild_decodes_are_refused(transform, monkeypatch):
+def test_decodes_out_of_range_are_rejected(transform, monkeypatch):
     x, y = batch()
     monkeypatch.setattr(transform.flow, "decode", lambda z: torch.full((len(z), 3, 8, 8), 1e6))
     assert torch.equal(transform(x, y)[0], x)
     assert transform.counts["refused"] == 6
 
 
-def test_global_rngs_are_left_alone(transform):
-    # The legacy global state of numpy is the very thing under test.
+def test_global_generators_are_unchanged(transform):
+    # This test is about the legacy global state of numpy.
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     transform(*batch())
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -192,7 +193,7 @@ def test_state_dict_repeats_the_draws(flow, pca):
     assert other.counts == transform.counts
 
 
-def test_unknown_labels_are_skipped_when_asked(flow, pca):
+def test_unknown_labels_are_skipped_on_request(flow, pca):
     x, y = batch()
     y[2] = 77
     transform = FlowMixupTransform(flow, pca, p=1.0, unknown="skip")
@@ -220,7 +221,7 @@ def test_policy_from_a_json_file(flow, pca, tmp_path):
         FlowMixupTransform(flow, pca, policy=str(path))
 
 
-def test_autocast_reaches_the_flow_when_asked(flow, pca):
+def test_autocast_applies_to_the_flow_on_request(flow, pca):
     x, y = batch()
     plain, cast = (FlowMixupTransform(flow, pca, p=1.0, autocast=a) for a in (False, True))
     plan = plain.plan(y)
@@ -234,10 +235,10 @@ BAD_CALLS = [
     (X[0], Y, ValueError, "expected images"),
     (X.long(), Y, TypeError, "floating-point or uint8"),
     (X, Y.float(), ValueError, "expected integer labels"),
-    (X, torch.nn.functional.one_hot(Y), ValueError, "keeps labels hard"),
+    (X, torch.nn.functional.one_hot(Y), ValueError, "flow mixup needs hard labels"),
     (X, Y[:4], ValueError, "y has 4 labels but x has 6 images"),
     (X[:, :1], Y, ValueError, "images have 1 channels but the flow was trained on 3"),
-    (X, Y + 1, ValueError, "labels run from 1 to 3 but the flow knows 3 classes"),
+    (X, Y + 1, ValueError, "the labels range from 1 to 3 but the flow has 3 classes"),
     (X * 255, Y, ValueError, "expected|not \\[0, 1\\]"),
     ((X - 0.5) / 0.1, Y, ValueError, "mean and std"),
 ]
@@ -254,7 +255,7 @@ BAD_OPTIONS = [
     (dict(mean=(0.5,)), "both mean and std"),
     (dict(mean=(0.5,), std=(0.0,)), "std positive"),
     (dict(class_names=("ant", "cat", "bee")), "class 1 is 'cat' in the data set but 'bee' in the flow"),
-    (dict(class_names=NAMES[:2]), "knows 3 classes but the data set has 2"),
+    (dict(class_names=NAMES[:2]), "the flow has 3 classes but the data set has 2"),
 ]
 
 
@@ -264,6 +265,6 @@ def test_bad_options(flow, pca, options, message):
         FlowMixupTransform(flow, pca, **options)
 
 
-def test_axes_of_another_flow(flow):
-    with pytest.raises(ValueError, match="load both from one folder"):
+def test_principal_components_of_another_flow(flow):
+    with pytest.raises(ValueError, match="load both from the same folder"):
         FlowMixupTransform(flow, make_pca(make_flow((1, 8, 8))))

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+from flowaug.data.transforms import Preprocess
 from flowaug.training.classifier import accuracy
-from flowaug.training.pipeline import BatchPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOW = ["train_flow.py", "--images-per-class", "9", "--init-from", "digits", "--lr", "0", "--steps", "1", "--rank", "4"]
@@ -39,7 +39,7 @@ def test_evaluation_exchanges_nothing_before_its_end(tmp_path, monkeypatch):
         model = DistributedDataParallel(inner)
         monkeypatch.setattr(DistributedDataParallel, "forward", lambda self, x: pytest.fail("the wrapper was called"))
         loader = [(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))]
-        values = accuracy(model, loader, BatchPipeline((3, 2, 2), (0.5,) * 3, (0.5,) * 3), torch.device("cpu"))
+        values = accuracy(model, loader, Preprocess((3, 2, 2), (0.5,) * 3, (0.5,) * 3), torch.device("cpu"))
     finally:
         torch.distributed.destroy_process_group()
     assert values["images"] == 2
@@ -79,7 +79,7 @@ def test_numbers_on_the_val_split_are_those_of_one_process(flows):
 
 
 @pytest.mark.parametrize("augment", [[], ["--flow-aug", "digits", "--flow-aug-copies", "3"]], ids=["plain", "copies"])
-def test_two_processes_average_their_gradients_and_judge_each_image_once(tmp_path, augment):
+def test_two_processes_average_their_gradients_and_evaluate_each_image_once(tmp_path, augment):
     one = run(1, tmp_path / "one", *CLASSIFIER, *augment, "--batch-size", "16")
     two = run(2, tmp_path / "two", *CLASSIFIER, *augment, "--batch-size", "8")
     assert one.get("flow_aug") == two.get("flow_aug")

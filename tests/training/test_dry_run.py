@@ -29,7 +29,14 @@ def test_speed_is_positive():
 def test_dry_run_of_a_flow_prints_its_plan_and_writes_nothing(tmp_path, capsys):
     train_flow.main(["--dry-run", "--cpu", "--output", str(tmp_path / "out")])
     text = capsys.readouterr().out
-    for part in ("1438 training and 359 val images of 8×8×1", "mef_tiny", "λ' = 10", "1400 steps of 64", "GiB", "FLOP"):
+    for part in (
+        "1438 training and 359 validation images, 10 classes; the first image is 8×8×1",
+        "mef_tiny",
+        "λ' = 10",
+        "1400 steps of 64",
+        "MiB per process",
+        "FLOP",
+    ):
         assert part in text
     assert not Path(tmp_path / "out").exists()
 
@@ -38,21 +45,21 @@ def test_dry_run_of_a_classifier_says_which_flow(tmp_path, capsys):
     output = ["--cpu", "--output", str(tmp_path / "out")]
     finetune.main(["--dry-run", "--model", "eva02_tiny_patch14_224", "--no-pretrained", "--flow-aug", *output])
     text = capsys.readouterr().out
-    assert "digits, mef_tiny, for images (1, 8, 8)" in text
+    assert "digits, mef_tiny, images (1, 8, 8); p = 0.5, alpha = 0.3, one weight per principal component" in text
     assert "eva02_tiny_patch14_224, 5.43 M parameters, input (1, 224, 224)" in text
     finetune.main(["--dry-run", "--images-per-class", "5", "--flow-aug", *output])
-    assert "trained first: mef_tiny, 1400 steps at most" in capsys.readouterr().out
+    assert "trained first: mef_tiny, at most 1400 steps" in capsys.readouterr().out
     finetune.main(["--dry-run", *output])
     assert "flow       none" in capsys.readouterr().out
     assert not Path(tmp_path / "out").exists()
 
 
 def test_copies_and_the_images_themselves_take_the_size_of_the_flows_images():
-    assert copies_memory(3, 2**20, (4, 16, 16)) == "; --flow-aug-copies takes 4.00 GiB on the host"
+    assert copies_memory(3, 2**20, (4, 16, 16)) == "; --flow-aug-copies takes 4.0 GiB of memory"
     assert copies_memory(None, 2**20, (4, 16, 16)) == ""
 
 
 def test_dry_run_finds_a_run_to_resume(tmp_path, capsys):
     (tmp_path / "state.safetensors").write_bytes(json.dumps({}).encode())
     finetune.main(["--dry-run", "--cpu", "--output", str(tmp_path)])
-    assert "would resume" in capsys.readouterr().out
+    assert "resumes the interrupted run there" in capsys.readouterr().out

@@ -1,4 +1,3 @@
-import argparse
 import itertools
 
 import pytest
@@ -8,40 +7,42 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data.auto_augment import _RAND_INCREASING_TRANSFORMS, AugmentOp
 
-from flowaug.training import finetune
 from flowaug.training.classifier import create_classifier, create_optimizer, create_schedule
 from flowaug.training.weights import read_checkpoint
+from tests.conftest import finetune_options
 
 
-def options(*argv) -> argparse.Namespace:
-    return finetune.parse_args([*argv, "--cpu", *([] if "--checkpoint" in argv else ["--no-pretrained"])])
+def options(*argv):
+    return finetune_options(*argv, "--cpu", *([] if "--checkpoint" in argv else ["--no-pretrained"]))
 
 
-def rates(args, steps, per_epoch=1):
-    optimizer = create_optimizer(args, torch.nn.Linear(2, 2))
-    scheduler, seen = create_schedule(args, optimizer, steps), []
+def rates(chosen, steps, per_epoch=1):
+    optimizer = create_optimizer(torch.nn.Linear(2, 2), chosen.training, chosen.schedule)
+    scheduler, seen = create_schedule(optimizer, chosen.schedule, steps), []
     for step in range(steps):
-        scheduler.step(step // per_epoch * per_epoch if args.sched_on_epochs else step)
+        scheduler.step(step // per_epoch * per_epoch if chosen.schedule.sched_on_epochs else step)
         seen.append(optimizer.param_groups[0]["lr"])
     return seen
 
 
 def test_cosine_over_epochs_is_that_of_the_eva02_recipe():
-    args = options("--opt", "sgd", "--lr", "1e-5", "--warmup-share", "0", "--sched-on-epochs")
-    assert rates(args, 30, per_epoch=10)[::10] == pytest.approx([1e-5, 0.75e-5, 0.25e-5])
+    chosen = options("--opt", "sgd", "--lr", "1e-5", "--warmup-ratio", "0", "--sched-on-epochs")
+    assert rates(chosen, 30, per_epoch=10)[::10] == pytest.approx([1e-5, 0.75e-5, 0.25e-5])
 
 
 def test_warm_restarts_return_to_a_lower_peak():
-    args = options("--lr", "1", "--warmup-share", "0", "--lr-cycles", "3", "--lr-cycle-decay", "0.5")
-    seen = rates(args, 30)
+    chosen = options("--lr", "1", "--warmup-ratio", "0", "--lr-cycles", "3", "--lr-cycle-decay", "0.5")
+    seen = rates(chosen, 30)
     assert [seen[i] for i in (0, 10, 20)] == pytest.approx([1, 0.5, 0.25])
     assert seen[9] < 0.1
     assert all(a > b for a, b in itertools.pairwise(seen[:10]))
 
 
 def test_step_schedule_lowers_the_rate_after_each_share():
-    args = options("--lr", "1", "--warmup-share", "0", "--sched", "step", "--decay-share", "0.4", "--decay-rate", "0.1")
-    assert [rates(args, 10)[i] for i in (3, 4, 8)] == pytest.approx([1, 0.1, 0.01])
+    chosen = options(
+        "--lr", "1", "--warmup-ratio", "0", "--sched", "step", "--decay-ratio", "0.4", "--decay-rate", "0.1"
+    )
+    assert [rates(chosen, 10)[i] for i in (3, 4, 8)] == pytest.approx([1, 0.1, 0.01])
 
 
 @pytest.mark.parametrize("name", _RAND_INCREASING_TRANSFORMS)
@@ -51,23 +52,24 @@ def test_pillow_takes_the_strongest_of_every_operation_of_timms_randaugment(name
 
 
 def test_layer_decay_lowers_the_rate_towards_the_input():
-    args = options("--model", "test_vit", "--layer-decay", "0.5")
-    scales = [g["lr_scale"] for g in create_optimizer(args, timm.create_model("test_vit")).param_groups]
+    chosen = options("--model", "test_vit", "--layer-decay", "0.5")
+    scales = [
+        g["lr_scale"]
+        for g in create_optimizer(timm.create_model("test_vit"), chosen.training, chosen.schedule).param_groups
+    ]
     assert max(scales) == 1
     assert min(scales) < 0.1
 
 
 @pytest.mark.parametrize(("model", "size", "side"), [("test_vit", 64, 64), ("test_resnet", 48, 48)])
 def test_image_size_reaches_the_models_that_have_one(model, size, side):
-    _, ((channels, height, width), mean, _) = create_classifier(
-        options("--model", model, "--img-size", str(size)), 3, 1
-    )
-    assert (channels, height, width, len(mean)) == (1, side, side, 1)
+    _, spec = create_classifier(options("--model", model, "--img-size", str(size)).classifier, 3, 1)
+    assert (spec.size, len(spec.mean)) == ((1, side, side), 1)
 
 
 def test_drop_rates_and_further_arguments_reach_the_constructor():
-    args = options("--model", "test_vit", "--drop-path", "0.5", "--model-kwargs", "depth=2", "reg_tokens=0")
-    model, _ = create_classifier(args, 3, 3)
+    chosen = options("--model", "test_vit", "--drop-path", "0.5", "--model-kwargs", "depth=2", "reg_tokens=0")
+    model, _ = create_classifier(chosen.classifier, 3, 3)
     assert len(model.blocks) == 2
     assert model.reg_token is None
     assert model.blocks[-1].drop_path1.drop_prob == 0.5
@@ -80,7 +82,7 @@ def trained(num_classes=1000, in_chans=3):
 
 def test_checkpoint_of_other_classes_keeps_the_body_and_adapts_the_stem(tmp_path):
     save_file(trained(), tmp_path / "w.safetensors")
-    model, _ = create_classifier(options("--checkpoint", str(tmp_path / "w.safetensors")), 3, 1)
+    model, _ = create_classifier(options("--checkpoint", str(tmp_path / "w.safetensors")).classifier, 3, 1)
     body = {k: v for k, v in model.state_dict().items() if k != "conv1.0.weight" and not k.startswith("fc.")}
     assert all(torch.equal(v, trained()[k]) for k, v in body.items())
     stem = next(k for k, v in trained().items() if v.ndim == 4)
@@ -90,7 +92,7 @@ def test_checkpoint_of_other_classes_keeps_the_body_and_adapts_the_stem(tmp_path
 
 def test_checkpoint_of_the_same_classes_comes_whole(tmp_path):
     torch.save({"state_dict": trained(3, 1)}, tmp_path / "w.pth")
-    model, _ = create_classifier(options("--checkpoint", str(tmp_path / "w.pth")), 3, 1)
+    model, _ = create_classifier(options("--checkpoint", str(tmp_path / "w.pth")).classifier, 3, 1)
     assert all(torch.equal(v, trained(3, 1)[k]) for k, v in model.state_dict().items())
 
 
@@ -119,7 +121,7 @@ def test_nothing_is_unpickled(tmp_path, capsys):
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights at"):
-        create_classifier(options("--checkpoint", str(tmp_path / "none.pth")), 3, 1)
+        create_classifier(options("--checkpoint", str(tmp_path / "none.pth")).classifier, 3, 1)
 
 
 def test_weights_that_cannot_be_fetched_end_with_the_way_out(monkeypatch):
@@ -127,5 +129,5 @@ def test_weights_that_cannot_be_fetched_end_with_the_way_out(monkeypatch):
         raise OSError("We couldn't connect to 'https://huggingface.co'\nmore")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(OSError, match=r"test_vit cannot be fetched \(We couldn't connect .*--no-pretrained"):
-        create_classifier(options("--model", "test_vit"), 3, 1)
+    with pytest.raises(OSError, match=r"test_vit cannot be downloaded \(We couldn't connect .*--no-pretrained"):
+        create_classifier(options("--model", "test_vit").classifier, 3, 1)

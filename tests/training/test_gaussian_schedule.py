@@ -1,7 +1,7 @@
 """Where the class Gaussians of a training come from: every estimator, every ablation, from the command line."""
 
-import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,6 +13,7 @@ from flowaug.flows.checkpoint import WEIGHTS
 from flowaug.flows.passes import ImageTable
 from flowaug.training import finetune, train_flow
 from flowaug.training.gaussian_schedule import split_by_class
+from tests.conftest import flow_options
 
 QUICK = ["--images-per-class", "12", "--steps", "8", "--eval-every", "8", "--batch-size", "32", "--rank", "2", "--cpu"]
 SOLVED = ["--solve-at", "4"]
@@ -84,10 +85,11 @@ def test_several_teachers_take_turns():
     teachers = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        teachers.append(Oracle.of(timm.create_model("test_resnet", num_classes=3), "random", size=32))
-    training = argparse.Namespace(args=argparse.Namespace(hflip=0.5), dtype=torch.float32, teachers=teachers)
+        teachers.append(Oracle.from_timm(timm.create_model("test_resnet", num_classes=3), "random", size=32))
+    options = flow_options("--hflip", "0.5")
+    training = SimpleNamespace(options=options, dtype=torch.float32, teachers=teachers)
     x = torch.rand(4, 3, 32, 32)
-    said = [train_flow.Training.soft_labels(training, step, x) for step in range(3)]
+    said = [train_flow.FlowTraining.soft_labels(training, step, x) for step in range(3)]
     one, other = (teacher.probabilities(x, mirrored=True) for teacher in teachers)
     assert not torch.allclose(one, other)
     assert all(torch.equal(*pair) for pair in zip(said, (one, other, one), strict=True))
@@ -109,15 +111,15 @@ def test_glem_resumes_to_the_same_weights(tmp_path, killed_at):
     [
         (["--estimator", "data", "--kld-weight", "3"], "does not use --kld-weight"),
         (["--estimator", "glem", "--solve-at", "3"], "does not use --solve-at"),
-        (["--posterior-weight", "-1"], "--posterior-weight is -1.0; expected 0"),
-        (["--posterior-weight", "nan"], "--posterior-weight is nan"),
-        (["--posterior-weight", "1", "--estimator", "unit"], "no classes for --posterior-weight"),
-        (["--teacher", "test_resnet", "other"], "--teacher test_resnet other needs --posterior-weight"),
-        (["--teacher", "nowhere", "--posterior-weight", "1"], "the oracle 'nowhere' cannot be loaded"),
-        (["--glem-share", "0.2"], "--estimator fpi does not use --glem-share"),
-        (["--estimator", "glem", "--glem-share", "1.5"], "between 0 and 1"),
-        (["--estimator", "glem", "--kld-weight", "-1"], "kld_weight"),
-        (["--estimator", "glem", "--images-per-class", "3"], "class 0 has 3 images, GLEM needs 4"),
+        (["--posterior-weight", "-1"], "--posterior-weight is '-1'; expected a number of at least 0"),
+        (["--posterior-weight", "nan"], "--posterior-weight is 'nan'; expected a number"),
+        (["--posterior-weight", "1", "--estimator", "unit"], "--posterior-weight needs classes"),
+        (["--teacher", "test_resnet", "other"], "--teacher needs --posterior-weight"),
+        (["--teacher", "nowhere", "--posterior-weight", "1"], "the reference classifier 'nowhere' cannot be loaded"),
+        (["--glem-fraction", "0.2"], "--estimator fpi does not use --glem-fraction"),
+        (["--estimator", "glem", "--glem-fraction", "1.5"], "expected a number of more than 0 and less than 1"),
+        (["--estimator", "glem", "--kld-weight", "-1"], "--kld-weight is '-1'; expected a number of at least 0"),
+        (["--estimator", "glem", "--images-per-class", "3"], "class 0 has 3 images; GLEM needs at least 4"),
     ],
 )
 def test_options_that_disagree(options, message, tmp_path):
@@ -125,7 +127,7 @@ def test_options_that_disagree(options, message, tmp_path):
         train_flow.main([*QUICK, *options, "--output", str(tmp_path)])
 
 
-def test_split_takes_its_share_of_every_class():
+def test_split_selects_a_fraction_of_every_class():
     targets = torch.arange(60) % 3
     table = ImageTable(torch.arange(60, dtype=torch.uint8)[:, None, None, None], targets, 3)
     held = split_by_class(table, 0.1, seed=0)

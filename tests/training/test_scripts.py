@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,14 +19,42 @@ from flowaug import FlowMixupTransform, list_pretrained, load_flow, load_pca
 from flowaug.data import load_dataset, stack_images
 from flowaug.evaluation.oracle import load_teacher
 from flowaug.flows.checkpoint import CONFIG, WEIGHTS, find_flow
-from flowaug.training import finetune, train_flow
+from flowaug.training import finetune, flow_source, train_flow
 from flowaug.training import resume as state
-from flowaug.training.gaussian_schedule import settle_gaussian_options
-from flowaug.training.options import settle_weights
+from flowaug.training.flow_setup import fit_schedule
+from flowaug.training.options import FlowTrainingOptions
+from tests.conftest import finetune_options, flow_options
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK_FLOW = ["--steps", "6", "--solve-at", "3", "--eval-every", "3", "--batch-size", "16", "--rank", "3", "--cpu"]
-QUICK = ["--steps", "4", "--batch-size", "16", "--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu"]
+QUICK_FLOW = [
+    "--workers",
+    "0",
+    "--steps",
+    "6",
+    "--solve-at",
+    "3",
+    "--eval-every",
+    "3",
+    "--batch-size",
+    "16",
+    "--rank",
+    "3",
+    "--cpu",
+]
+QUICK = [
+    "--workers",
+    "0",
+    "--steps",
+    "4",
+    "--batch-size",
+    "16",
+    "--model",
+    "test_resnet",
+    "--no-pretrained",
+    "--img-size",
+    "32",
+    "--cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -85,23 +114,23 @@ def test_a_killed_run_resumes_to_the_same_weights(photos, trained, tmp_path, kil
 
 @pytest.mark.parametrize("script", [train_flow, finetune])
 def test_two_runs_cannot_write_to_one_folder(photos, tmp_path, script, monkeypatch):
-    monkeypatch.setattr(state, "PATIENCE", 0)
+    monkeypatch.setattr(state, "LOCK_TIMEOUT_S", 0)
     output, quick = tmp_path / "out", {train_flow: QUICK_FLOW, finetune: QUICK}[script]
-    with state.sole_writer(output):
+    with state.exclusive_folder(output):
         with pytest.raises(SystemExit, match=r"another run is writing to .*out; .* another --output"):
             script.main(["--data-dir", str(photos), *quick, "--output", str(output)])
-        with state.sole_writer(output, main=False):  # another process of the same run
+        with state.exclusive_folder(output, main=False):  # another process of the same run
             assert [p.name for p in output.iterdir()] == [".lock"]
-    with pytest.raises(RuntimeError, match="broken"), state.sole_writer(output):
+    with pytest.raises(RuntimeError, match="broken"), state.exclusive_folder(output):
         raise RuntimeError("broken")
-    with state.sole_writer(output):  # free again
+    with state.exclusive_folder(output):  # free again
         pass
 
 
 def test_finetune_on_a_folder_with_a_named_flow(photos, trained, tmp_path, capsys):
     output = tmp_path / "out"
     finetune.main(["--data-dir", str(photos), "--flow-aug", str(trained), "--output", str(output), *QUICK])
-    assert "test accuracy" in capsys.readouterr().out
+    assert "validation accuracy" in capsys.readouterr().out
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["steps"] == 4
     assert metrics["flow_aug"]["augmented"] > 0
@@ -124,7 +153,7 @@ def test_timm_and_teachers_are_loaded_from_the_folder_of_finetune(tmp_path):
     (output / "model.safetensors").write_bytes(weights)
     config["label_names"] = config["label_names"][::-1]
     (output / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="soft labels would be those of other classes"):
+    with pytest.raises(ValueError, match="class order differs"):
         load_teacher(str(output), data)
 
 
@@ -136,10 +165,9 @@ def test_options_of_the_mixture_reach_the_transform():
         ["--flow-aug-per-axis", "--flow-aug-rescaled", "--flow-aug-redraws", "2"],
         [],
     ):
-        args = finetune.parse_args([*options, *more])
-        settle_weights(args, images=100, num_classes=10)
-        accelerator = finetune.create_accelerator(args)
-        plans.append(finetune.load_flow_mixup(args, load_dataset("digits"), accelerator).plan(torch.zeros(5).long()))
+        chosen = finetune_options(*options, *more)
+        flow_mixup = flow_source.load_flow_mixup(chosen, load_dataset("digits"), Accelerator(cpu=True))
+        plans.append(flow_mixup.plan(torch.zeros(5).long()))
     assert [plan.rescaled for plan in plans] == [False, True, True]
     assert [len(plan.redraws) for plan in plans] == [0, 2, 0]
     assert [len(plan.weight[0].unique()) for plan in plans] == [1, 8, 8]  # the last is that of few images
@@ -159,15 +187,14 @@ def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path
     assert not [p.name for p in (tmp_path / "cut").iterdir() if "state" in p.name]
 
 
-def test_finetune_trains_a_missing_flow_once_and_keeps_it(photos, tmp_path, capsys, monkeypatch):
-    quick = {"model": "mef_tiny", "image_size": 8, "steps": 4, "solve_at": 2, "rank": 2, "batch_size": 16}
-    original = train_flow.settle_recipe
-    monkeypatch.setattr(train_flow, "settle_recipe", lambda given, recipe: original(given, recipe) | quick)
-    options = ["--data-dir", str(photos), "--flow-aug", *QUICK]
+def test_finetune_trains_a_missing_flow_once_and_keeps_it(photos, tmp_path, capsys):
+    recipe = tmp_path / "quick.yaml"
+    recipe.write_text("flow: {model: mef_tiny, image_size: 8, steps: 4, solve_at: 2, rank: 2, batch_size: 16}")
+    options = ["--recipe", str(recipe), "--data-dir", str(photos), "--flow-aug", *QUICK]
     finetune.main([*options, "--output", str(tmp_path / "a")])
     assert "training one first" in capsys.readouterr().out
     finetune.main([*options, "--output", str(tmp_path / "b")])
-    assert "trained for this data earlier" in capsys.readouterr().out
+    assert "trained for this data set earlier" in capsys.readouterr().out
     assert len(list((tmp_path / "flows").iterdir())) == 1
 
 
@@ -201,7 +228,7 @@ def fresh_accelerator():
 def test_finetune_runs_every_training_option_together(photos, trained, tmp_path):
     (tmp_path / "policy.json").write_text(json.dumps({"bee": {"p": 0.0}}))
     extras = ["--flow-aug", str(trained), "--flow-aug-policy", str(tmp_path / "policy.json"), "--flow-aug-p", "1"]
-    extras += ["--flow-aug-off-epoch", "2", "--cutmix", "1", "--mixup-off-epoch", "3", "--dataset-copies", "2"]
+    extras += ["--flow-aug-off-epoch", "2", "--cutmix", "1", "--mixup-off-epoch", "3", "--epoch-repeats", "2"]
     extras += ["--opt", "sgd", "--lr-cycles", "2", "--layer-decay", "0.8", "--grad-accum-steps", "2", "--model-ema"]
     extras += ["--amp", "bf16", "--channels-last", "--drop-path", "0.1", "--epochs", "4", "--batch-size", "12"]
     quick = ["--model", "test_resnet", "--no-pretrained", "--img-size", "32", "--cpu"]
@@ -236,13 +263,13 @@ def test_flow_trains_on_crops_of_timm_in_few_bits(photos, tmp_path, killed_at):
 
 
 def test_rates_of_a_flow():
-    args = train_flow.parse_args(["--lr", "8", "--steps", "30", "--warmup-steps", "2"])
-    linear = [train_flow.learning_rate(step, args) for step in (0, 1, 17, 18, 24, 29)]
-    assert linear == pytest.approx([4, 8, 8, 8, 4, 8 / 12])
-    args.anneal_share = 1.0
-    assert [train_flow.learning_rate(step, args) for step in (0, 1, 15)] == pytest.approx([4, 8 * 29 / 30, 4])
-    args.lr_schedule = "halving"
-    assert [train_flow.learning_rate(step, args) for step in (0, 9, 10, 19, 20, 29)] == [4, 8, 4, 4, 2, 2]
+    def rates(steps, **options):
+        training = FlowTrainingOptions(lr=8, steps=30, warmup_steps=2, **options)
+        return [train_flow.learning_rate(step, training) for step in steps]
+
+    assert rates((0, 1, 17, 18, 24, 29)) == pytest.approx([4, 8, 8, 8, 4, 8 / 12])
+    assert rates((0, 1, 15), decay_ratio=1.0) == pytest.approx([4, 8 * 29 / 30, 4])
+    assert rates((0, 9, 10, 19, 20, 29), lr_schedule="halving") == [4, 8, 4, 4, 2, 2]
 
 
 def test_compile_options_compile_in_place(photos, trained, tmp_path, monkeypatch):
@@ -349,9 +376,8 @@ def test_truncated_weights_end_in_one_sentence(photos, trained, tmp_path):
 
 def test_another_runs_state_is_refused(photos, tmp_path, trained):
     options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", *QUICK_FLOW]
-    args = train_flow.parse_args([*options, "--output", str(tmp_path)])
-    settle_gaussian_options(args)
-    wrong = train_flow.recipe_of(args) | {"lr": 9.0}
+    chosen = fit_schedule(flow_options(*options, "--output", str(tmp_path)), images=24, num_processes=1)
+    wrong = chosen.training_options() | {"lr": 9.0}
     state.save_state(tmp_path / "state.safetensors", {"recipe": wrong})
     with pytest.raises(SystemExit, match=r"other options \(lr\)"):
         train_flow.main([*options, "--output", str(tmp_path)])
