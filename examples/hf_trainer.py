@@ -1,7 +1,9 @@
-"""Flow mixup as the data collator of a Hugging Face Trainer.
+"""Flow mixup as the data collator of a Hugging Face ``Trainer``.
 
-pip install transformers
-python examples/hf_trainer.py
+Run it with::
+
+    pip install transformers
+    python examples/hf_trainer.py
 """
 
 import tempfile
@@ -15,16 +17,19 @@ from flowaug import FlowMixupTransform
 
 
 class FlowMixupCollator:
-    """Rows of ``pixel_values`` (C, H, W) and ``labels`` to an augmented batch.
+    """Data collator that stacks samples and augments the batch.
 
-    The Trainer uses its collator for evaluation too: see ``create_trainer``.
+    The ``Trainer`` also uses its collator for evaluation. ``create_trainer`` shows how to avoid that.
+
+    Args:
+        flow_mixup: the augmentation.
     """
 
     def __init__(self, flow_mixup: FlowMixupTransform):
         self.flow_mixup = flow_mixup
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Stack the rows and mix them."""
+        """Return the augmented batch of samples with ``pixel_values`` (C, H, W) and ``labels``."""
         x = torch.stack([row["pixel_values"] for row in rows])
         y = torch.tensor([int(row["labels"]) for row in rows])
         x, y = self.flow_mixup(x, y)
@@ -32,14 +37,14 @@ class FlowMixupCollator:
 
 
 class Classifier(nn.Module):
-    """What the Trainer expects of a model: it takes the batch by name and returns loss and logits."""
+    """Model with the interface of the ``Trainer``: takes the batch by keyword, returns loss and logits."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, pixel_values, labels=None):
-        """Loss and logits (B, K) of images (B, C, H, W)."""
+        """Return the loss and the logits (B, K) of images (B, C, H, W)."""
         logits = self.network(pixel_values)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
@@ -53,6 +58,7 @@ def create_trainer(model: nn.Module, output: str, epochs: int):
 
     class FlowTrainer(Trainer):
         def get_eval_dataloader(self, *arguments, **keywords):
+            # evaluation images must not be augmented
             training, self.data_collator = self.data_collator, default_data_collator
             try:
                 return super().get_eval_dataloader(*arguments, **keywords)
@@ -71,6 +77,7 @@ def create_trainer(model: nn.Module, output: str, epochs: int):
     )
     collator = FlowMixupCollator(FlowMixupTransform.from_pretrained("digits"))
     train, val = rows("train"), rows("val")
+
     return FlowTrainer(model, options, data_collator=collator, train_dataset=train, eval_dataset=val)
 
 

@@ -1,7 +1,9 @@
-"""Flow mixup as a hook of a LightningModule: training batches are mixed once they are on the device.
+"""Flow mixup as a hook of a ``LightningModule``: training batches are augmented on the device.
 
-pip install lightning
-python examples/lightning_hook.py
+Run it with::
+
+    pip install lightning
+    python examples/lightning_hook.py
 """
 
 import torch
@@ -13,14 +15,18 @@ from flowaug import FlowMixupTransform
 
 
 class FlowMixupHook:
-    """Put this in front of LightningModule in your module's bases and set ``self.flow_mixup``."""
+    """Mixin that augments training batches.
+
+    List it before ``LightningModule`` in the bases of your module, and set ``self.flow_mixup``.
+    """
 
     flow_mixup: FlowMixupTransform
 
     def on_after_batch_transfer(self, batch, dataloader_idx: int):
-        """Mix images (B, C, H, W) with labels (B,) while training; leave other batches alone."""
+        """Augment a training batch of images (B, C, H, W) and labels (B,); return other batches unchanged."""
         if not self.trainer.training:
             return batch
+
         x, y = batch
         return self.flow_mixup.to(x.device)(x, y)
 
@@ -49,8 +55,10 @@ def main(epochs: int = 10) -> float:
 
     module = create_module()
     loader = DataLoader(TensorDataset(*digits("train")), batch_size=64, shuffle=True)
+
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     Trainer(max_epochs=epochs, accelerator="cpu", devices=1, **quiet).fit(module, loader)
+
     print(module.flow_mixup)
     return accuracy(module.network, *digits("val"))
 

@@ -1,6 +1,8 @@
-"""Flow mixup in a plain PyTorch loop: one line before it, one line in it.
+"""Flow mixup in a plain PyTorch loop: one line before the loop, one line in it.
 
-python examples/plain_pytorch.py
+Run it with::
+
+    python examples/plain_pytorch.py
 """
 
 import torch
@@ -13,17 +15,20 @@ from flowaug import FlowMixupTransform
 
 def main(epochs: int = 10) -> float:
     flow_mixup = FlowMixupTransform.from_pretrained("digits")
+
     network = small_network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     loader = DataLoader(TensorDataset(*digits("train")), batch_size=64, shuffle=True)
+
     for _ in range(epochs):
         network.train()
         for x, y in loader:
-            x, y = flow_mixup(x, y)  # on whatever device x is, after flow_mixup.to(device)
+            x, y = flow_mixup(x, y)  # on a GPU: call flow_mixup.to(device) before the loop
             loss = F.cross_entropy(network(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
     print(flow_mixup)
     return accuracy(network, *digits("val"))
 

@@ -1,9 +1,12 @@
-"""Flow mixup in a torchvision v2 pipeline: v2 transforms per image, flow mixup and then v2's MixUp per batch.
+"""Flow mixup in a torchvision v2 pipeline: v2 transforms per image, then flow mixup and v2's MixUp per batch.
+
+Run it with::
 
     python examples/torchvision_v2.py
 
-Flow mixup needs hard labels, MixUp and CutMix make soft ones: keep this order. Call it where the batch is in this
-process (here, with ``num_workers=0``, in the collate function; else in the loop), so that there is one generator.
+Flow mixup needs hard labels, and MixUp and CutMix return soft labels, so flow mixup comes first. Call it in the main
+process, so that there is one random generator: in the collate function if ``num_workers=0``, as here, otherwise in the
+training loop.
 """
 
 import torch
@@ -21,17 +24,21 @@ def training_loader() -> DataLoader:
     data.transform = v2.Compose(
         [v2.ToImage(), v2.RandomAffine(5, translate=(0.1, 0.1)), v2.ToDtype(torch.float32, scale=True)]
     )
-    flow_mixup, mixup = FlowMixupTransform.from_pretrained("digits"), v2.MixUp(alpha=0.2, num_classes=10)
+    flow_mixup = FlowMixupTransform.from_pretrained("digits")
+    mixup = v2.MixUp(alpha=0.2, num_classes=10)
 
     def collate(samples):
-        return mixup(*flow_mixup(*default_collate(samples)))
+        x, y = default_collate(samples)
+        return mixup(*flow_mixup(x, y))
 
     return DataLoader(data, batch_size=64, shuffle=True, collate_fn=collate)
 
 
 def main(epochs: int = 10) -> float:
-    network, loader = small_network(), training_loader()
+    network = small_network()
+    loader = training_loader()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
+
     for _ in range(epochs):
         network.train()
         for x, y in loader:
@@ -39,6 +46,7 @@ def main(epochs: int = 10) -> float:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+
     return accuracy(network, *digits("val"))
 
 
