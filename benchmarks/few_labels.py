@@ -1,8 +1,9 @@
-"""Does flow mixup help with ten labelled digits per class? Paired seeds, flow trained on those same images only.
+"""Measure the gain from flow mixup with ten labelled digits per class.
 
     python benchmarks/few_labels.py            # about ten minutes on two cores; resumes; writes few_labels.md
 
-Each seed draws its own 100 images, trains a flow on them, and trains the classifier with and without ``--flow-aug``.
+For each seed, a flow is trained on a random subset of 100 images, and a classifier is trained on the same subset with
+and without ``--flow-aug``.
 """
 
 import argparse
@@ -23,15 +24,20 @@ COMMAND = "python benchmarks/few_labels.py"
 
 
 def accuracy(output: Path, *options: str) -> float:
-    """Run finetune.py unless its result is there already; test accuracy in percent."""
+    """Return the test accuracy of a classifier in percent; train it if there is no result in ``output`` yet.
+
+    Args:
+        output: output folder.
+        *options: command line of ``finetune.py``.
+    """
     if not (output / "metrics.json").is_file():
-        command = [sys.executable, str(ROOT / "finetune.py"), "--cpu", "--output", str(output), *options]
-        subprocess.run(command, check=True, cwd=ROOT)
+        run = ["--cpu", "--workers", "0", "--output", str(output)]  # an epoch is too short to start workers for
+        subprocess.run([sys.executable, str(ROOT / "finetune.py"), *run, *options], check=True, cwd=ROOT)
     return 100 * json.loads((output / "metrics.json").read_text())["top1"]
 
 
 def run_seed(folder: Path, seed: int, per_class: int) -> tuple[float, float]:
-    """Accuracy without and with flow mixup."""
+    """Return the accuracy without and with flow mixup."""
     options = ["--images-per-class", str(per_class), "--subset-seed", str(seed), "--seed", str(seed)]
     name = f"{per_class}-{seed}"
     plain = accuracy(folder / f"plain-{name}", *options)
@@ -39,25 +45,31 @@ def run_seed(folder: Path, seed: int, per_class: int) -> tuple[float, float]:
 
 
 def half_width(values: np.ndarray) -> float:
-    """Half the width of the 95 % interval of the mean (Student's t); infinite for a single value."""
+    """Return half the width of the 95 % confidence interval of the mean (Student's t); infinity for one value."""
     if len(values) < 2:
         return math.inf
     return student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
 
 
 def interval(values: np.ndarray) -> str:
-    """Mean ± half width of the 95 % interval; the mean alone of a single value."""
-    mean = round(values.mean(), 2) + 0.0  # no "-0.00"
+    """Return "mean ± half width" of the 95 % confidence interval as text; the mean only for one value."""
+    mean = round(values.mean(), 2) + 0.0  # turns -0.0 into 0.0
     return f"{mean:.2f}" + (f" ± {half_width(values):.2f}" if len(values) > 1 else "")
 
 
 def table(results: np.ndarray, per_class: int) -> str:
+    """Return the report as markdown.
+
+    Args:
+        results: accuracy without and with flow mixup by seed, (S, 2).
+        per_class: training images per class.
+    """
     plain, flow = results.T
     rows = "\n".join(f"| {seed} | {a:.2f} | {b:.2f} | {b - a:+.2f} |" for seed, (a, b) in enumerate(results))
     return f"""# {per_class} labelled digits per class, with and without flow mixup
 
 `{COMMAND}`, {time.strftime("%Y-%m-%d")}, {machine_name()}, seeds 0 to {len(results) - 1}.
-Test accuracy in percent on the 359 images of the val split; the flow saw the same {10 * per_class} images only.
+Test accuracy in percent on the 359 validation images. The flow is trained on the same {10 * per_class} images only.
 
 | seed | without | with `--flow-aug` | difference |
 |---|---|---|---|

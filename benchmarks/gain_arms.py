@@ -1,6 +1,8 @@
-"""What ``augmentation_gain.py`` compares: classifiers, sizes, arms, their lengths and settings."""
+"""Configuration of ``augmentation_gain.py``: classifiers, training set sizes, arms, numbers of steps and settings.
 
-import argparse
+An arm is one way to augment the training images, for example standard augmentation or flow mixup.
+"""
+
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +12,19 @@ import timm
 from torch import nn
 
 from flowaug.evaluation.metrics import small_image_stem
-from flowaug.training.options import classifier_parser
-from flowaug.training.recipes import FOLDER, load_recipe
+from flowaug.training.options import FinetuneOptions
+from flowaug.training.options.recipes import load_recipe
 
 
 class Cell(NamedTuple):
-    """One training: which classifier, on how many images of each class ("all" for every image), how, and its seed."""
+    """One training run.
+
+    Attributes:
+        classifier: name of the classifier, a key of ``Setup.classifiers``.
+        size: number of training images per class, or "all" for the whole training set.
+        arm: how the images are augmented, a key of ``ARMS``.
+        seed: seed of the subset, the initial weights, the order and the augmentation.
+    """
 
     classifier: str
     size: str
@@ -25,23 +34,23 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """What the runs of a benchmark have in common.
+    """Configuration that all runs of a benchmark share.
 
     Attributes:
-        dataset: its name.
-        classifiers: name to options of ``finetune.py``.
-        with_rivals: classifiers that take every arm on the fewest images, not the main ones alone.
-        steps: classifier to size to optimiser steps.
+        dataset: name of the data set.
+        classifiers: options of ``flowaug finetune`` for each classifier.
+        with_rivals: classifiers that are trained with every arm; the others are trained with the main arms only.
+        steps: number of optimizer steps, by classifier and size.
         batch_size: images per step.
-        flow: options of ``train_flow.py``.
-        settings: arm to what ``--tune`` may change.
-        by_size: size to arm to what replaces its settings there.
-        replaced: arm to what replaces its settings everywhere.
+        flow: options of ``flowaug train-flow``, as a command line.
+        settings: settings of each arm, which ``--tune`` chooses.
+        by_size: settings that replace those in ``settings``, by size and arm.
         tuned_on: classifier and size that ``--tune`` trains.
-        folder: where runs are kept.
-        length: steps of every run instead of those of its cell.
-        held_out: judge by this many other training images; None judges by the test images.
-        full_flow: flow for the size "all"; None trains one.
+        replaced: settings that replace all others, by arm (``--set``).
+        folder: folder of the runs.
+        length: number of steps of every run; None for the number in ``steps``.
+        held_out: number of held-out training images to evaluate on; None for evaluation on the test set.
+        full_flow: flow for the size "all"; None to train one.
     """
 
     dataset: str
@@ -62,7 +71,10 @@ class Setup:
 
 @timm.models.register_model
 def resnet18_pooled(pretrained: bool = False, **options) -> nn.Module:
-    """Timm's ResNet18 with the first convolution for small images and its pooling: a third of the time without."""
+    """Create timm's ResNet18 with a stem for small images that keeps the pooling.
+
+    Pooling cuts the training time to a third.
+    """
     model = timm.create_model("resnet18", pretrained=pretrained, **options)
     pooling = model.maxpool
     small_image_stem(model).maxpool = pooling
@@ -70,16 +82,16 @@ def resnet18_pooled(pretrained: bool = False, **options) -> nn.Module:
 
 
 def _of_recipe(name: str, *keys: str) -> dict:
-    options = load_recipe(FOLDER / f"{name}.yaml")["classifier"]
+    options = load_recipe(name)["classifier"]
     return {key: options[key] for key in keys}
 
 
-TRAINING = ("opt", "weight_decay", "warmup_share")
+TRAINING = ("opt", "weight_decay", "warmup_ratio")
 SWIN = _of_recipe("swin_cifar10", "model", "model_kwargs", "img_size", "pretrained", *TRAINING)
-CLASSIFIERS = {  # learning rates for batches of 64; depthwise convolutions are slow in bf16
+CLASSIFIERS = {  # The learning rates are for batches of 64. lite0 has no amp: depthwise convolutions are slow in bf16.
     "swin": {
         **SWIN,
-        "model_kwargs": SWIN["model_kwargs"] | {"patch_size": 4},  # a quarter of the tokens and of the time
+        "model_kwargs": SWIN["model_kwargs"] | {"patch_size": 4},  # a quarter of the recipe's tokens and time
         "lr": 0.0005,
         "amp": "bf16",
     },
@@ -98,43 +110,43 @@ CLASSIFIERS = {  # learning rates for batches of 64; depthwise convolutions are 
         "channels_last": True,
     },
 }
-STANDARD = _of_recipe("swin_cifar10", "ratio", "hflip", "reprob")  # beside them what SETTINGS has
+STANDARD = _of_recipe("swin_cifar10", "ratio", "hflip", "reprob")  # SETTINGS adds scale and aa
 NO_CROP = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
 CONTROL = "spared"
-ARMS = {  # name to timm's options and the augmentation of the batch, if there is one
+ARMS = {  # name: options of timm's transforms, and the augmentation of ``rivals.create_augmentation`` or None
     "nothing": ({}, None),
-    "flow": ({}, "flow"),
+    "flow": ({}, "flow"),  # flow mixup with one weight per image
     "standard": (STANDARD, None),
-    "flow+standard": (STANDARD, "flow"),  # copies that the flow has moved are cropped, RandAugmented, erased
-    "standard+flow": (STANDARD, "flow"),  # the flow gets batches that were
-    "axes": ({}, "axes"),  # flow mixup as --tune has left it, the spread of the class kept
+    "flow+standard": (STANDARD, "flow"),  # flow mixup first, in offline copies
+    "standard+flow": (STANDARD, "flow"),  # flow mixup last, on batches
+    "axes": ({}, "axes"),  # flow mixup with the tuned settings
     "axes+standard": (STANDARD, "axes"),
-    "axes-or-standard": (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # no image that was moved is RandAugmented
-    CONTROL: (STANDARD | {"flow_aug_or_aa": True}, "axes"),  # its control: the same images spared, but none moved
+    "axes-or-standard": (STANDARD, "axes"),  # as axes+standard, but no RandAugment on augmented images
+    CONTROL: (STANDARD, "axes"),  # control of axes-or-standard: no RandAugment on the same images, and no flow mixup
     "mixup": ({}, None),
     "cutmix": ({}, None),
-    "axes+mixup": ({}, "axes"),  # timm's Mixup, and CutMix, of what the flow has moved
+    "axes+mixup": ({}, "axes"),  # flow mixup, then timm's Mixup or CutMix
     "axes+cutmix": ({}, "axes"),
-    "noise+cutmix": ({}, "noise"),  # and of what noise on the latents has
+    "noise+cutmix": ({}, "noise"),
     "pixel": ({}, "pixel"),
     "latent": ({}, "latent"),
     "noise": ({}, "noise"),
     "gaussian": ({}, "gaussian"),
 }
 MAIN_ARMS = ("nothing", "axes", "standard", "axes+standard")
-FIRST = ("flow+standard", "axes+standard", "axes-or-standard", CONTROL)  # the flow before transforms of images
-# Arm to the one whose mixing of the batch it has too
-BESIDE = {"axes+mixup": "mixup", "axes+cutmix": "cutmix", "noise+cutmix": "cutmix"}
-WHOLE_SEEDS = 3  # the size "all" has the seeds below
+FIRST = ("flow+standard", "axes+standard", "axes-or-standard", CONTROL)  # flow mixup before the transforms of images
+FLOW_OR_AA = ("axes-or-standard", CONTROL)  # no RandAugment on images that flow mixup augments
+BESIDE = {"axes+mixup": "mixup", "axes+cutmix": "cutmix", "noise+cutmix": "cutmix"}  # arm: the arm that it adds to
+WHOLE_SEEDS = 3  # the size "all" is trained with seeds below this number
 RIVALS = ("mixup", "cutmix", "pixel", "latent", "noise", "gaussian")
-COMPETITORS = {  # arm to what the report holds against it: flow mixup by one weight, and by one for each axis
+COMPETITORS = {  # arm: the arms with one weight per image and with tuned flow mixup that the report compares with it
     **{arm: ("flow", "axes") for arm in RIVALS},
     "flow": (None, "axes"),
     "flow+standard": (None, "axes+standard"),
     "noise+cutmix": (None, "axes+cutmix"),
     CONTROL: (None, "axes-or-standard"),
 }
-SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take every batch, as timm does
+SETTINGS = {  # "p" of "flow" holds for all arms, but timm's Mixup and CutMix apply to every batch
     "standard": {"aa": "rand-m5-n1-mstd0.5-inc1", "scale": (0.8, 1.0)},
     "flow": {"kld_weight": 10.0, "hidden": 32, "p": 0.5, "alpha": 1.0, "rank": 64},
     "axes": {"alpha": 1.0, "rank": 64, "per_axis": True, "rescaled": True, "redraws": 0},
@@ -145,13 +157,13 @@ SETTINGS = {  # rivals move the share p of flow mixup; Mixup and CutMix take eve
     "noise": {"strength": 0.5},
     "gaussian": {"strength": 1.0},
 }
-MANY = {  # chosen on held-out images with 500 of a class: docs/gains.md
+MANY = {  # chosen on held-out images with 500 images per class, see docs/gains.md
     "standard": {"aa": "rand-m5-n1-mstd0.5-inc1"},
     "flow": {"steps": 2400, "p": 0.25},
     "axes": {"per_axis": False},
 }
 BY_SIZE = {"500": MANY, "all": MANY | {"flow": MANY["flow"] | {"steps": 4800}}}
-MORE_SETTINGS = {"flow": ("steps",), "axes": ("p",)}  # that have a value only where they differ from the usual one
+MORE_SETTINGS = {"flow": ("steps",), "axes": ("p",)}  # optional settings, without a value in SETTINGS
 FULL = Setup(
     dataset="fashion_mnist",
     classifiers=CLASSIFIERS,
@@ -181,12 +193,12 @@ SMOKE = Setup(
 
 
 def base_of(arm: str) -> str:
-    """The arm that ``arm`` is compared with: the same without what it adds."""
+    """Return the arm that ``arm`` is compared with: the same arm without the augmentation that it adds."""
     return BESIDE.get(arm, "standard" if arm in (*FIRST, "standard+flow") else "nothing")
 
 
 def cells(setup: Setup, seeds: list[int]) -> list[Cell]:
-    """Every run, in the order in which they are worth having."""
+    """Return all runs, the most informative ones first."""
     main, further, whole, beyond = [], [], [], []
     for name, sizes in setup.steps.items():
         few, *more = (size for size in sizes if size != "all")
@@ -204,35 +216,45 @@ def _runs(name: str, sizes: Iterable[str], arms: Iterable[str], seeds: Iterable[
 
 
 def parts_of(arm: str) -> set[str]:
-    """The names in ``Setup.settings`` that an arm is made of."""
+    """Return the names in ``Setup.settings`` whose settings an arm uses."""
     transforms, kind = ARMS[arm]
-    own = {"standard"} if transforms else set()
-    return own | ({"flow", kind} if kind else set()) | {BESIDE.get(arm, arm)}
+    standard = {"standard"} if transforms else set()
+    mixing = {"flow", kind} if kind else set()
+    return standard | mixing | {BESIDE.get(arm, arm)}
 
 
 def settings_of(name: str, size: str, setup: Setup) -> dict[str, float]:
-    """What ``--tune`` may change of an arm, as it is for a size."""
+    """Return the settings of an arm for a size."""
     return setup.settings.get(name, {}) | setup.by_size.get(size, {}).get(name, {}) | setup.replaced.get(name, {})
 
 
-def options_of(cell: Cell, setup: Setup) -> argparse.Namespace:
-    """Options of ``finetune.py`` for the classifier of a cell."""
-    parser, own = classifier_parser(""), settings_of(BESIDE.get(cell.arm, cell.arm), cell.size, setup)
+def options_of(cell: Cell, setup: Setup) -> FinetuneOptions:
+    """Return the options of the classifier of a run.
+
+    Raises:
+        ValueError: a setting has a value that its option cannot have.
+    """
+    own = settings_of(BESIDE.get(cell.arm, cell.arm), cell.size, setup)
     mixing = {name: own[name] for name in ("mixup", "cutmix") if name in own}
+
     transforms = ARMS[cell.arm][0]
     standard = settings_of("standard", cell.size, setup) if transforms else {}
+
     steps = setup.length or setup.steps[cell.classifier][cell.size]
-    common = {"weight_decay": 0.05, "warmup_share": 0.1, "batch_size": setup.batch_size, "seed": cell.seed}
-    options = NO_CROP | common | mixing | setup.classifiers[cell.classifier] | transforms | standard
-    parser.set_defaults(**options, steps=steps)
-    return parser.parse_args([])
+    common = {"weight_decay": 0.05, "warmup_ratio": 0.1, "batch_size": setup.batch_size, "seed": cell.seed}
+    classifier = setup.classifiers[cell.classifier]
+    values = NO_CROP | common | mixing | classifier | transforms | standard
+    return FinetuneOptions.from_values(values | {"steps": steps})
 
 
 def flow_options(cell: Cell, setup: Setup) -> list[str]:
-    """Options of ``train_flow.py`` for the flow of a cell, seeded as its subset is; one flow for all images."""
+    """Return the command line of ``flowaug train-flow`` for the flow of a run.
+
+    The flow has the seed of the subset. All runs of the size "all" share one flow.
+    """
     own = settings_of("flow", cell.size, setup)
-    longer = ["--steps", f"{own['steps']:g}"] if "steps" in own else []  # after the usual ones, which it overrides
     subset = [] if cell.size == "all" else ["--images-per-class", cell.size, "--subset-seed", str(cell.seed)]
     seed = "0" if cell.size == "all" else str(cell.seed)
     options = ["--kld-weight", f"{own['kld_weight']:g}", "--model-kwargs", f"hidden={own['hidden']:g}", "--seed", seed]
-    return ["--dataset", setup.dataset, *subset, *options, *setup.flow, *longer]
+    steps = ["--steps", f"{own['steps']:g}"] if "steps" in own else []  # last, to override the steps in setup.flow
+    return ["--dataset", setup.dataset, *subset, *options, *setup.flow, *steps]

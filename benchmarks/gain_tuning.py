@@ -1,4 +1,4 @@
-"""``augmentation_gain.py --tune``: choose the settings of each arm by training images that its run does not see."""
+"""``augmentation_gain.py --tune``: choose the settings of each arm on held-out training images."""
 
 import functools
 import json
@@ -12,11 +12,11 @@ from gain_arms import Cell, Setup
 from gain_run import keep, recall, run
 
 from flowaug.files import write_atomic, write_json
-from flowaug.training.recipes import FOLDER, load_recipe
+from flowaug.training.options.recipes import load_recipe
 from flowaug.training.runtime import machine_name
 
-STRONG = load_recipe(FOLDER / "swin_cifar10.yaml")["classifier"]  # of the papers, for 100 epochs
-GRID = {  # settings to candidates beside the one in use; one setting after another, the best is kept
+STRONG = load_recipe("swin_cifar10")["classifier"]  # the papers' standard augmentation, for 100 epochs
+GRID = {  # name: for each setting, the candidates besides the value in use
     "standard": {"aa": (STRONG["aa"],), "scale": (tuple(STRONG["scale"]),)},
     "flow": {"kld_weight": (100.0,), "hidden": (48,), "p": (0.25, 1.0)},
     "axes": {"per_axis": (False,), "rescaled": (False,), "alpha": (0.3,), "rank": (8,), "redraws": (3,)},
@@ -27,16 +27,21 @@ GRID = {  # settings to candidates beside the one in use; one setting after anot
     "noise": {"strength": (0.2, 1.0)},
     "gaussian": {"strength": (0.5,)},
 }
-JUDGED_BY = {"flow": "axes+standard", "axes": "axes+standard"}  # the arm whose accuracy decides; else that of the name
-SEEDS = (1000, 1001, 1002, 1003)  # subsets that no reported run uses
+JUDGED_BY = {"flow": "axes+standard", "axes": "axes+standard"}  # the arm to evaluate, if not the one of that name
+SEEDS = (1000, 1001, 1002, 1003)  # their subsets are not used in any reported run
 HELD_OUT = 5000
 
 
 def search(start: dict, grid: dict, score: Callable[[dict], float]) -> tuple[dict, list[tuple[str, float, float]]]:
-    """Go through the settings one after another, keeping the best value of each.
+    """Optimize the settings one after another, each over its candidates.
+
+    Args:
+        start: initial value of each setting.
+        grid: candidates for each setting, besides its initial value.
+        score: function from settings to the number to maximize.
 
     Returns:
-        The settings, and (name, value, score) of all that were tried.
+        The best settings, and a tuple (name, value, score) for each evaluation.
     """
     best, tried = dict(start), []
     for name, others in grid.items():
@@ -47,22 +52,25 @@ def search(start: dict, grid: dict, score: Callable[[dict], float]) -> tuple[dic
 
 
 def tune(setup: Setup, names: list[str], command: str, path: Path, more: Callable[[], bool]) -> Path:
-    """Choose settings, those of the standard augmentation first, beside which flow mixup is then judged.
+    """Choose settings and write them, with a report and the runs.
 
-    The runs are kept beside the settings, one a line of JSON, and not repeated by another clone.
+    Standard augmentation comes first in ``GRID``: flow mixup is evaluated on top of it. The runs are kept next to the
+    settings as JSON lines, so that other clones of the repository do not repeat them.
 
     Args:
-        setup: of the benchmark.
-        names: of what to choose the settings, among ``GRID``.
-        command: to say in the table.
-        path: the file of the settings, JSON; the table goes beside it.
-        more: whether there is time for further settings.
+        setup: configuration of the benchmark.
+        names: names in ``GRID`` to choose settings for.
+        command: command line, for the report.
+        path: JSON file of the settings; the report has the same name with the suffix ``.md``.
+        more: returns whether there is time for more runs.
 
     Returns:
-        The table.
+        The path of the report.
     """
-    setup, rows, kept = replace(setup, held_out=setup.held_out or HELD_OUT), [], path.with_suffix(".jsonl")
+    setup = replace(setup, held_out=setup.held_out or HELD_OUT)
+    rows, kept = [], path.with_suffix(".jsonl")
     recall(kept, setup)
+
     for name, grid in GRID.items():
         if name not in names or not more():
             continue
@@ -75,7 +83,7 @@ def tune(setup: Setup, names: list[str], command: str, path: Path, more: Callabl
 
 
 def score(setup: Setup, kept: Path, name: str, settings: dict) -> float:
-    """Mean accuracy over the subsets on training images that were held out; the runs are added to ``kept``."""
+    """Return the mean accuracy on held-out images over ``SEEDS``, and add the runs to the file ``kept``."""
     setup = replace(setup, settings=setup.settings | {name: settings})
     results = [run(Cell(*setup.tuned_on, JUDGED_BY.get(name, name), seed), setup) for seed in SEEDS]
     keep(results, kept)
@@ -83,7 +91,7 @@ def score(setup: Setup, kept: Path, name: str, settings: dict) -> float:
 
 
 def table(rows: list[tuple], setup: Setup, command: str) -> str:
-    """What was tried, as markdown."""
+    """Return the report as markdown."""
     lines = [
         f"| {name} | {setting} | {value} | {JUDGED_BY.get(name, name)} | {100 * result:.2f} | {'*' * best} |"
         for name, setting, value, result, best in rows
@@ -92,11 +100,12 @@ def table(rows: list[tuple], setup: Setup, command: str) -> str:
     steps = setup.length or setup.steps[classifier][size]
     return f"""# Settings chosen without the test images
 
-`{command}`, {time.strftime("%Y-%m-%d")}, {machine_name()}. {classifier} on {size} images of each class of
-{setup.dataset}, {steps} steps, judged by at most {setup.held_out} other training images; mean accuracy in percent over
-the subsets {", ".join(map(str, SEEDS))}, which no reported run uses. One setting after another, the best (*) kept.
+`{command}`, {time.strftime("%Y-%m-%d")}, {machine_name()}. {classifier} on {size} images per class of
+{setup.dataset}, {steps} steps, evaluated on at most {setup.held_out} other training images; mean accuracy in percent
+over the subsets {", ".join(map(str, SEEDS))}, which no reported run uses. Settings are tuned one after another; the
+best value (*) is kept.
 
-| of | setting | value | judged by | accuracy | kept |
+| group | setting | value | arm | accuracy | kept |
 |---|---|---|---|---|---|
 {chr(10).join(lines)}
 

@@ -1,9 +1,10 @@
-"""Kill both scripts with SIGKILL at random moments, resume them, and compare with a run that nobody disturbed.
+"""Kill both training scripts at random times, resume them, and compare with an uninterrupted run.
 
     python benchmarks/kill_and_resume.py            # about ten minutes on two cores; writes kill_and_resume.md
 
-Seven kills of ten come up to a second and a half after the run has saved a state of its own, the others at any moment
-of its start; a run is started again after every kill, and the bytes of its final weights are compared.
+On average, seven out of ten kills come at most 1.5 seconds after the process has saved a training state, the others
+within its first 12 seconds. After each kill (SIGKILL) the script is started again. At the end the files of the weights
+are compared byte by byte.
 """
 
 import argparse
@@ -19,35 +20,33 @@ import torch
 from flowaug.training.runtime import machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
-EARLY, START, AFTER = 0.3, 12.0, 1.5  # share of kills during the start; its seconds; seconds after a state
+EARLY = 0.3  # fraction of kills during the start
+START = 12.0  # length of the start, in seconds
+AFTER = 1.5  # maximum seconds from a saved state to a kill
 RUNS = {
-    "train_flow.py": ["--steps", "1000", "--save-every", "7", "--eval-every", "250"],
-    "finetune.py": [
-        "--steps",
-        "1000",
-        "--save-every",
-        "7",
-        "--flow-aug",
-        "digits",
-        "--reprob",
-        "0.3",
-        "--mixup",
-        "0.2",
-    ],
+    "train_flow.py": "--steps 1000 --save-every 7 --eval-every 250".split(),
+    "finetune.py": "--steps 1000 --save-every 7 --workers 0 --flow-aug digits --reprob 0.3 --mixup 0.2".split(),
 }
 
 
 def start(script: str, output: Path) -> subprocess.Popen:
+    """Start a script without waiting for it."""
     command = [sys.executable, str(ROOT / script), *RUNS[script], "--cpu", "--output", str(output)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def wait_for_the_kill(process: subprocess.Popen, state: Path, rng: random.Random) -> bool:
-    """Wait for the moment of a kill; False if the run ended before."""
+def wait_for_kill(process: subprocess.Popen, state: Path, rng: random.Random) -> bool:
+    """Wait until the time of a kill and return True; return False if the process ends before.
+
+    Args:
+        process: the running script.
+        state: path of its training state.
+        rng: generator of the random times.
+    """
     before = state.stat().st_mtime_ns if state.is_file() else 0
     delay = rng.uniform(0, START)
     if rng.random() >= EARLY:
-        delay = rng.uniform(0, AFTER)
+        delay = rng.uniform(0, AFTER)  # counted from the next save
         while process.poll() is None and not (state.is_file() and state.stat().st_mtime_ns > before):
             time.sleep(0.01)
     try:
@@ -57,12 +56,17 @@ def wait_for_the_kill(process: subprocess.Popen, state: Path, rng: random.Random
     return False
 
 
-def disturbed(script: str, output: Path, kills: int, rng: random.Random) -> tuple[int, int]:
-    """Run to the end through ``kills`` kills; returns how often it was killed and how often with a state on disk."""
-    done, resumed, state = 0, 0, output / "state.safetensors"
+def run_with_kills(script: str, output: Path, kills: int, rng: random.Random) -> tuple[int, int]:
+    """Run a script to its end with at most ``kills`` kills.
+
+    Returns:
+        The number of kills, and the number of kills after which there was a training state on disk.
+    """
+    state = output / "state.safetensors"
+    done = resumed = 0
     while True:
         process = start(script, output)
-        if done < kills and wait_for_the_kill(process, state, rng):
+        if done < kills and wait_for_kill(process, state, rng):
             process.kill()
             process.wait()
             done, resumed = done + 1, resumed + state.is_file()
@@ -73,13 +77,15 @@ def disturbed(script: str, output: Path, kills: int, rng: random.Random) -> tupl
 
 
 def row(script: str, kills: int, rng: random.Random, folder: Path) -> str:
+    """Run a script with and without kills and return its table row."""
     began = time.time()
     if start(script, folder / "whole").wait():
-        raise RuntimeError(f"{script} failed undisturbed")
+        raise RuntimeError(f"{script} failed without any kill")
     seconds = time.time() - began
-    done, resumed = disturbed(script, folder / "cut", kills, rng)
-    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
-    leftovers = [p.name for p in (folder / "cut").iterdir() if p.name.endswith(".tmp")]
+
+    done, resumed = run_with_kills(script, folder / "killed", kills, rng)
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    leftovers = [p.name for p in (folder / "killed").iterdir() if p.name.endswith(".tmp")]
     same = "yes" if weights[0] == weights[1] else "NO"
     return f"| {script} | {seconds:.0f} | {done} | {resumed} | {same} | {len(leftovers)} |"
 
@@ -95,13 +101,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(row(script, args.kills, rng, Path(folder)))
         print(rows[-1], flush=True)
-    args.output.write_text(f"""# Killed and resumed
+    args.output.write_text(f"""# Interrupted and resumed runs
 
 `python benchmarks/kill_and_resume.py`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()}
-threads, torch {torch.__version__}, seed {args.seed}. Every run is killed with SIGKILL at random moments and started
-again with the same command.
+threads, torch {torch.__version__}, seed {args.seed}. Every run is killed with SIGKILL at random times and
+started again with the same command.
 
-| script | undisturbed, s | kills | with a state on disk | same weights, byte for byte | temporary files left |
+| script | uninterrupted, s | kills | kills with a saved state | same weights, byte for byte | temporary files left |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """)

@@ -1,9 +1,9 @@
-"""How λ' trades separation against likelihood, and how the estimators compare: one flow, one budget, Fashion-MNIST.
+"""Compare weights λ' of the KL repulsion and estimators of the class Gaussians on Fashion-MNIST.
 
     python benchmarks/kld_sweep.py        # 14 trainings, about 45 minutes on one core; resumes; writes kld_sweep.md
 
-Every row is the same flow trained on all 60,000 images for the same steps from the same seed; only what sets the class
-Gaussians differs.
+For each row the same flow is trained on all 60,000 images, with the same number of steps and the same seed. Only the
+estimator of the class Gaussians and its options differ.
 """
 
 import argparse
@@ -29,7 +29,7 @@ WEIGHTS = (1, 10, 30, 100, 300, 1000, 3000, 10_000)
 
 
 def settings() -> dict[str, list[str]]:
-    """Name of a row to its options."""
+    """Return the options of ``train_flow.py`` for each row, by its name."""
     rows = {f"FPI, λ' = {w}": [*SOLVE, "--kld-weight", str(w)] for w in WEIGHTS}
     rows["data"] = [*SOLVE, "--estimator", "data"]
     for weight in (300, 3000):
@@ -41,12 +41,20 @@ def settings() -> dict[str, list[str]]:
 
 
 def folder_of(folder: Path, name: str) -> Path:
-    """Where the flow of a row is."""
+    """Return the output folder of the flow with this name."""
     return folder / re.sub(r"[^A-Za-z0-9]+", "-", name)
 
 
 def train(folder: Path, name: str, options: list[str], steps: int, budget: str = BUDGET) -> dict:
-    """Numbers of one row; trained unless they are there already."""
+    """Return the metrics of a flow; train it if there are none yet.
+
+    Args:
+        folder: parent of the output folder.
+        name: name of the row.
+        options: options of the row.
+        steps: number of training steps.
+        budget: options that all rows share.
+    """
     output = folder_of(folder, name)
     if not (output / "metrics.json").is_file():
         options = [
@@ -64,18 +72,20 @@ def train(folder: Path, name: str, options: list[str], steps: int, budget: str =
 
 
 def row(name: str, metrics: dict) -> str:
+    """Return the table row of a flow."""
     solve = metrics.get("class_gaussians", {})
     state = f"{solve['steps']}{'' if solve['converged'] else ', not converged'}" if "steps" in solve else "–"
     return f"| {name} | {metrics['nf_acc']:.4f} | {metrics['bits_per_dim']:.3f} | {state} |"
 
 
 def table(results: dict[str, dict], steps: int) -> str:
+    """Return the report as markdown."""
     rows = "\n".join(row(name, metrics) for name, metrics in results.items())
     return f"""# Separation against likelihood on Fashion-MNIST
 
 `{COMMAND}`, {time.strftime("%Y-%m-%d")}, {machine_name()}, one thread, seed 0.
-`mef_tiny`, affine couplings, bfloat16 conditioners, {steps} steps of 256 on all 60,000 images; numbers on the 10,000
-test images. "solve": iterations of the one solve for the class Gaussians after 50 steps.
+`mef_tiny`, affine couplings, bfloat16 conditioners, {steps} steps of 256 on all 60,000 images; metrics on the 10,000
+test images. "solve": iterations of the solve for the class Gaussians, which takes place once, after 50 steps.
 
 | class Gaussians | NF-Acc | bits/dim | solve |
 |---|---|---|---|
@@ -86,12 +96,12 @@ test images. "solve": iterations of the one solve for the class Gaussians after 
 
 
 def draw(results: dict[str, dict], path: Path) -> None:
-    """NF-Acc and bits/dim of FPI against log10 λ'."""
+    """Plot NF-Acc and bits per dimension of FPI against log10 λ'."""
     points = sorted((w, results[f"FPI, λ' = {w}"]) for w in WEIGHTS)
     xs = [math.log10(w) for w, _ in points]
     names = {"NF-Acc": "nf_acc", "bits per dimension": "bits_per_dim"}
     series = {title: (xs, [m[key] for _, m in points]) for title, key in names.items()}
-    curves(series, path, xlabel="log10 λ'", title="fixed-point iteration, the same flow and budget")
+    curves(series, path, xlabel="log10 λ'", title="fixed-point iteration, same flow and number of steps")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Memory and time of a training step with activations kept and with activations recomputed.
+"""Memory and time of a training step of a flow with and without gradient checkpointing.
 
     python benchmarks/memory.py            # about two minutes on two cores; writes memory.md
 
-Each form runs in a process of its own; its peak is the resident set's high-water mark in the step, less what the
-process held before it (Python, torch, weights). The C library returns freed blocks at once there, which costs time.
+Each form runs in its own process. Its peak memory is the maximum resident set size during the step minus the resident
+set size before it (Python, torch, weights). There, the C library returns freed memory to the system immediately, which
+takes time.
 """
 
 import argparse
@@ -19,27 +20,33 @@ import torch
 from flowaug import create_flow
 from flowaug.training.runtime import machine_name
 
-FORMS = {"kept": (None, False), "recomputed": (None, True), "recomputed, bfloat16": (torch.bfloat16, True)}
-RETURNS = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # freed tensors go back to the system at once: what is live is seen
+FORMS = {"saved": (None, False), "recomputed": (None, True), "recomputed, bfloat16": (torch.bfloat16, True)}
+RETURNS = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # return freed tensors immediately, so that only live ones are counted
 
 
 def resident(field: str) -> float:
-    """GiB from /proc: VmRSS now, VmHWM at most since ``reset``."""
+    """Return a field of ``/proc/self/status`` in GiB: VmRSS is the current size, VmHWM the maximum since ``reset``."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 2**20
 
 
 def reset() -> None:
+    """Reset VmHWM to the current size (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def one_form(form: str, batch: int, repeats: int) -> dict:
-    """Peak GiB of the first step, the least seconds of those after it, and the gradients' norm."""
+    """Measure one form.
+
+    Returns:
+        Peak memory in GiB, minimum seconds per step without the first one, and the norm of the gradient.
+    """
     flow = create_flow("mef_base", event_shape=(3, 32, 32), num_classes=10)
     x = torch.rand(batch, *flow.event_shape, generator=torch.Generator().manual_seed(0))
     y = torch.zeros(batch, dtype=torch.long)
     flow.initialise(x[:8])
     flow.set_training_form(*FORMS[form])
+
     before, times = resident("VmRSS"), []
     reset()
     for _ in range(1 + repeats):
@@ -67,17 +74,17 @@ def main() -> None:
         command = [sys.executable, __file__, "--form", form, "--batch", str(args.batch), "--repeats", str(args.repeats)]
         values = json.loads(subprocess.run(command, check=True, capture_output=True, env=os.environ | RETURNS).stdout)
         first = first or values
-        share, slower = values["peak"] / first["peak"], values["seconds"] / first["seconds"]
-        rows.append(f"| {form} | {values['peak']:.2f} | {share:.2f} | {values['seconds']:.1f} | {slower:.2f} | ")
+        memory, slower = values["peak"] / first["peak"], values["seconds"] / first["seconds"]
+        rows.append(f"| {form} | {values['peak']:.2f} | {memory:.2f} | {values['seconds']:.1f} | {slower:.2f} | ")
         rows[-1] += f"{abs(values['norm'] / first['norm'] - 1):.0e} |"
         print(rows[-1], flush=True)
     args.output.write_text(f"""# Memory of a training step
 
 `python benchmarks/memory.py`, {time.strftime("%Y-%m-%d")}, {machine_name()}, {torch.get_num_threads()} threads,
-torch {torch.__version__}. `mef_base` at 32×32×3, batch {args.batch}, forward and backward pass; peak of the process
-beyond what it held before the step (the gradients, 0.16 GiB, are in it).
+torch {torch.__version__}. `mef_base` at 32×32×3, batch {args.batch}, forward and backward pass. Peak memory of the
+process above its memory before the step, including the gradients (0.16 GiB).
 
-| activations | peak, GiB | of kept | seconds | of kept | norm of the gradients off by |
+| activations | peak, GiB | relative to saved | seconds | relative to saved | relative error of the gradient norm |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 """)

@@ -1,4 +1,4 @@
-"""The tables of ``paper_tables.py`` in the layout of the papers', with what they publish on CIFAR beside ours."""
+"""Tables of ``paper_tables.py`` in the layout of the papers, with the published values on CIFAR."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -7,7 +7,13 @@ from flowaug.files import markdown_table
 
 
 class Draw(NamedTuple):
-    """Images drawn from a flow at a temperature, from its own Gaussians or from full covariances (RFCM)."""
+    """One set of samples, or the real images.
+
+    Attributes:
+        flow: name of the flow in ``kld_sweep.py``.
+        temperature: factor of the covariance.
+        rfcm: sample from re-estimated full class covariances (RFCM) instead of the class Gaussians.
+    """
 
     flow: str
     temperature: float = 1.0
@@ -22,7 +28,7 @@ METRICS = {"nf_acc": "NF-Acc ↑", "bits_per_dim": "bits/dim ↓", "cnn_a": "CNN
 METRICS |= {"density": "density ↑", "coverage": "coverage ↑", "label_reliability": "L-R ↑"}
 PERCENT = ("nf_acc", "cnn_a", "coverage", "label_reliability")
 DRAWN = tuple(metric for metric in METRICS if metric not in ("nf_acc", "bits_per_dim"))
-PAPERS = {  # what they publish, in percent except for the FID
+PAPERS = {  # published values, in percent except for the FID
     "λ (NFPI, Table 2)": {
         "nf_acc": {10: 39.48, 50: 63.58, 100: 66.87, 200: 69.29, 300: 70.42, 500: 70.08},
         "cnn_a": {10: 31.37, 50: 44.57, 100: 46.38, 200: 43.72, 300: 42.65, 500: 37.27},
@@ -49,7 +55,7 @@ PAPERS = {  # what they publish, in percent except for the FID
 
 
 def by_weight(weight: int) -> str:
-    """Name of the flow of a λ', as in ``kld_sweep.py``."""
+    """Return the name of the flow with this λ' in ``kld_sweep.py``."""
     return f"FPI, λ' = {weight}"
 
 
@@ -62,7 +68,7 @@ LEARNED = {
 
 
 def all_draws(weights: Iterable[int]) -> list[Draw]:
-    """What the tables need, once each, the informative ones first."""
+    """Return all sets of samples that the tables need, the most informative ones first."""
     names = dict.fromkeys([*LEARNED.values(), *map(by_weight, weights)])
     whole = [Draw(name, 1.0, rfcm) for rfcm in (False, True) for name in names]
     return list(dict.fromkeys([REAL, *whole, *(Draw(by_weight(MIDDLE), t) for t in TEMPERATURES)]))
@@ -72,7 +78,7 @@ Results = Mapping[Draw, Mapping[str, float]]
 
 
 def cell(results: Results, draw: Draw, metric: str) -> str:
-    """A number as the papers print it, a dash where there is none."""
+    """Return a value in the papers' format, or a dash if there is none."""
     value = results.get(draw, {}).get(metric)
     if value is None:
         return "–"
@@ -80,7 +86,7 @@ def cell(results: Results, draw: Draw, metric: str) -> str:
 
 
 def weight_table(results: Results, weights: Iterable[int]) -> str:
-    """Every metric against λ', and the λ of NFPI's Table 2."""
+    """Return the table of all metrics by λ', and the published values by λ (NFPI, Table 2)."""
     draws = {f"λ' = {weight}": Draw(by_weight(weight)) for weight in sorted(weights)} | {"real images": REAL}
     rows = ([name, *(cell(results, d, m) for d in draws.values())] for m, name in METRICS.items())
     ours = markdown_table(["", *draws], rows)
@@ -91,7 +97,7 @@ def weight_table(results: Results, weights: Iterable[int]) -> str:
 
 
 def learned_table(results: Results) -> str:
-    """What the Gaussians learn, beside NFPI's Table 3."""
+    """Return the table of all metrics by learned parameters, with the published values (NFPI, Table 3)."""
     published = PAPERS["learned (NFPI, Table 3)"]
     head = [
         "setting",
@@ -107,7 +113,7 @@ def learned_table(results: Results) -> str:
 
 
 def temperature_table(results: Results) -> str:
-    """Every metric of drawn images against temperature, and with RFCM, beside GLEM's Table 5."""
+    """Return the table of the metrics of samples by temperature and with RFCM, and published values (GLEM, Table 5)."""
     draws = [*(Draw(by_weight(MIDDLE), t) for t in TEMPERATURES), Draw(by_weight(MIDDLE), 1.0, True)]
     rows = []
     for metric in DRAWN:
@@ -119,7 +125,7 @@ def temperature_table(results: Results) -> str:
 
 
 def rfcm_table(results: Results, weights: Iterable[int]) -> str:
-    """Every metric of drawn images without → with RFCM, beside GLEM's Table 6."""
+    """Return the table of the metrics of samples without → with RFCM, and published values (GLEM, Table 6)."""
     names = dict.fromkeys([*LEARNED.values(), *map(by_weight, sorted(weights))])
     rows = [
         [name, *(" → ".join(cell(results, Draw(name, 1.0, on), m) for on in (False, True)) for m in DRAWN)]

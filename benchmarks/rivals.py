@@ -1,7 +1,7 @@
-"""Rivals of flow mixup: only what they move an image towards, and in which space, differs from it.
+"""Rivals of flow mixup: augmentations in other directions or in another space.
 
-Each has the interface of ``FlowMixupTransform``, moves the same share of the samples and stands behind the same guard,
-so that a comparison is one of directions. A sample of weight 0 comes back as it came.
+Each has the interface of ``FlowMixupTransform``, augments the same fraction of the images and rejects images by the
+same rules, so that comparisons measure the effect of the direction only. Images with weight 0 are left unchanged.
 """
 
 from dataclasses import replace
@@ -18,23 +18,28 @@ from flowaug.flows.checkpoint import load_flow, load_pca
 
 
 class LatentMixup(FlowMixupTransform):
-    """Same-label mixup of whole latents, ``z + w (z_j − z)``: full rank and a scalar weight.
+    """Same-label mixup of whole latents, ``z + w (z_j − z)``, with one weight per image.
 
     Args:
         flow: a trained flow.
-        pca: class axes, of which the numbers of images per class are used.
-        bank: the images that ``pca`` was fitted to, uint8 (N, C, H, W), class by class.
-        **keywords: as for ``FlowMixupTransform``.
+        pca: class principal components of the flow; only the numbers of images per class are used.
+        bank: the training images that ``pca`` was fitted to, uint8 (N, C, H, W), sorted by class.
+        **keywords: arguments of ``FlowMixupTransform``.
+
+    Raises:
+        ValueError: ``bank`` and ``pca`` have different numbers of images.
     """
 
     def __init__(self, flow, pca, bank: Tensor, **keywords):
         super().__init__(flow, pca, **keywords)
         if len(bank) != len(pca.coords):
-            raise ValueError(f"{len(bank)} images but the class axes know {len(pca.coords)}; pass those they came from")
+            raise ValueError(
+                f"bank has {len(bank)} images but pca was fitted to {len(pca.coords)}; pass the images of the fit"
+            )
         self.bank = self.points(bank.to(pca.axes.device))
 
     def points(self, bank: Tensor) -> Tensor:
-        """What partners are looked up in: latents (N, D)."""
+        """Return the latents (N, D) of all possible partners."""
         return encode(self.flow, bank)
 
     def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
@@ -42,13 +47,13 @@ class LatentMixup(FlowMixupTransform):
 
 
 class PixelMixup(LatentMixup):
-    """Same-label mixup of pixels: ``x + w (x_j − x)`` with a training image of the class (as SamplePairing).
+    """Same-label mixup of pixels, ``x + w (x_j − x)`` (SamplePairing, Inoue 2018, within a class).
 
-    The flow gives size and classes; its couplings are not run.
+    Of the flow only the image size and the classes are used. The arguments are those of ``LatentMixup``.
     """
 
     def points(self, bank: Tensor) -> Tensor:
-        """What partners are looked up in: images (N, C, H, W) in [0, 1]."""
+        """Return all possible partners, images (N, C, H, W) in [0, 1]."""
         return bank.float() / 255
 
     def _mix(self, small: Tensor, y: Tensor, plan: MixPlan) -> tuple[Tensor, Tensor]:
@@ -60,9 +65,9 @@ class LatentNoise(FlowMixupTransform):
 
     Args:
         flow: a trained flow.
-        pca: its class axes.
-        strength: s, times the standard deviations of the class Gaussian.
-        **keywords: as for ``FlowMixupTransform``; ``alpha`` has no say, the strength is one for all.
+        pca: class principal components of the flow.
+        strength: s, the noise level in standard deviations of the class Gaussian.
+        **keywords: arguments of ``FlowMixupTransform``; ``alpha`` has no effect.
     """
 
     def __init__(self, flow, pca, strength: float, **keywords):
@@ -70,18 +75,21 @@ class LatentNoise(FlowMixupTransform):
         self.strength = strength
 
     def plan(self, y: Tensor) -> MixPlan:
-        """Draw who takes part, all at weight 1, and the noise of each, (M, D)."""
+        """Draw the images to augment, with weight 1, and their noise (M, D)."""
         plan = super().plan(y)
         noise = self.sampler.rng.standard_normal((len(plan.index), self.flow.dim), dtype=np.float32)
-        moving = (plan.weight != 0).any(1, keepdim=True).float()
-        return replace(plan, weight=moving, noise=torch.from_numpy(noise).to(y.device))
+        weight = (plan.weight != 0).any(1, keepdim=True).float()
+        return replace(plan, weight=weight, noise=torch.from_numpy(noise).to(y.device))
 
     def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
         return z + plan.weight * self.strength * self.flow.gaussians.variance[y].sqrt() * plan.noise
 
 
 class ClassDraw(LatentNoise):
-    """A draw from the class Gaussian in place of the image; ``strength`` is the temperature."""
+    """A draw from the class Gaussian instead of the image.
+
+    The arguments are those of ``LatentNoise``; ``strength`` is the temperature, the factor of the variance.
+    """
 
     def _move(self, z: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
         drawn = self.flow.gaussians.mean[y] + (self.strength * self.flow.gaussians.variance[y]).sqrt() * plan.noise
@@ -90,30 +98,31 @@ class ClassDraw(LatentNoise):
 
 WITH_BANK = {"pixel": PixelMixup, "latent": LatentMixup}
 WITH_STRENGTH = {"noise": LatentNoise, "gaussian": ClassDraw}
+DEFAULTS = {"alpha": 1.0, "per_axis": False, "rescaled": False}  # those of the kept runs, whatever the package's are
 
 
 def grouped(dataset: ImageDataset, size: tuple[int, int], channels: int) -> Tensor:
-    """All images, uint8 (N, C, H, W), class by class in their order: as ``fit_pca`` goes through them."""
+    """Return all images, uint8 (N, C, H, W), sorted by class and otherwise in their order, as in ``fit_pca``."""
     order = torch.as_tensor(dataset.targets).argsort(stable=True)
     return stack_images(dataset, size, channels)[order]
 
 
 def create_augmentation(kind: str, source: str | Path, train: ImageDataset, **keywords) -> FlowMixupTransform:
-    """Build flow mixup or a rival of it.
+    """Create flow mixup or a rival.
 
     Args:
-        kind: "flow", "pixel", "latent", "noise", "gaussian" or "axes" (as "flow", given other keywords).
-        source: the trained flow.
-        train: the images that the flow was trained on.
-        **keywords: of the transform.
+        kind: "flow", "pixel", "latent", "noise", "gaussian" or "axes" (the same class as "flow").
+        source: folder or name of a trained flow.
+        train: the training set of the flow.
+        **keywords: arguments of the transform; those left out are ``DEFAULTS``.
 
     Raises:
-        ValueError: unknown kind, or other images than the flow's in number.
+        ValueError: ``kind`` is unknown, or ``train`` has another number of images than the flow's training set.
     """
     known = {"flow": FlowMixupTransform, **WITH_BANK, **WITH_STRENGTH, "axes": FlowMixupTransform}
     if kind not in known:
-        raise ValueError(f"no augmentation {kind!r}; expected one of {', '.join(known)}")
+        raise ValueError(f"unknown augmentation {kind!r}; expected one of {', '.join(known)}")
     flow, pca = load_flow(source), load_pca(source)
     if kind in WITH_BANK:
         keywords["bank"] = grouped(train, flow.event_shape[1:], flow.event_shape[0])
-    return known[kind](flow, pca, class_names=train.class_names, **keywords)
+    return known[kind](flow, pca, class_names=train.class_names, **{**DEFAULTS, **keywords})

@@ -1,4 +1,4 @@
-"""The rivals of flow mixup that the benchmarks compare it with."""
+"""The rivals with which the benchmarks compare flow mixup."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def rivals(monkeypatch):
 
 @pytest.fixture
 def train():
-    """Twelve images of each of three classes, mixed up, grey in the middle so that no decode is refused."""
+    """Twelve shuffled images for each of three classes; mid-grey, so that no decoded image is rejected."""
     rng = np.random.default_rng(0)
     targets = rng.permutation(np.arange(36) % 3)
     return ImageDataset(rng.integers(80, 170, (36, 8, 8, 3), dtype=np.uint8), targets, NAMES)
@@ -35,7 +35,7 @@ def train():
 
 @pytest.fixture
 def source(tmp_path, train):
-    """A saved flow with narrow Gaussians whose variances differ, and class axes of the training images at full rank."""
+    """Folder of a flow with narrow Gaussians of different variances and with class PCA at full rank."""
     flow = make_flow()
     with torch.no_grad():
         pca = ClasswisePCA.fit([flow.encode(own(train, k))[0] for k in range(3)], 11)
@@ -46,7 +46,7 @@ def source(tmp_path, train):
 
 @pytest.fixture
 def batch(train):
-    """Six training images under their labels, in [0, 1] on the grid of 8 bits."""
+    """Six training images with the labels ``Y``, in [0, 1] and of 8 bits."""
     rows = [int(np.flatnonzero(train.targets == k)[i]) for i, k in enumerate(Y.tolist())]
     return torch.from_numpy(train.images[rows]).permute(0, 3, 1, 2).float() / 255
 
@@ -57,16 +57,16 @@ def make(rivals, kind, source, train, **keywords):
 
 
 def own(train, k):
-    """Images of a class in the order of the data set, in [0, 1]."""
+    """Return the images of a class in the order of the data set, in [0, 1]."""
     return torch.from_numpy(train.images[train.targets == k]).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_stay_and_seeds_repeat(rivals, kind, source, train, batch):
+def test_labels_are_unchanged_and_seeds_are_reproducible(rivals, kind, source, train, batch):
     first, again, other = (make(rivals, kind, source, train, seed=seed) for seed in (1, 1, 2))
     x, y = first(batch, Y)
     assert y is Y
-    assert (x != batch).flatten(1).any(1).sum() >= 4  # the rest may have drawn themselves
+    assert (x != batch).flatten(1).any(1).sum() >= 4  # an image may be its own partner
     assert first.counts == {"seen": 6, "augmented": 6, "refused": 0, "no_partner": 0}
     assert torch.equal(x, again(batch, Y)[0])
     assert not torch.equal(x, other(batch, Y)[0])
@@ -75,11 +75,11 @@ def test_labels_stay_and_seeds_repeat(rivals, kind, source, train, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weight_0_gives_the_image_back_and_p_is_the_share(rivals, kind, source, train, batch):
+def test_weight_0_leaves_images_unchanged_and_p_is_the_augmented_fraction(rivals, kind, source, train, batch):
     transform = make(rivals, kind, source, train)
     plan = transform.plan(Y)
-    still = MixPlan(plan.index, torch.zeros_like(plan.weight), plan.partner, plan.noise)
-    assert torch.equal(transform.apply(batch, Y, still), batch)
+    weightless = MixPlan(plan.index, torch.zeros_like(plan.weight), plan.partner, plan.noise)
+    assert torch.equal(transform.apply(batch, Y, weightless), batch)
     half = make(rivals, kind, source, train, p=0.5)
     half(batch.repeat(50, 1, 1, 1), Y.repeat(50))
     assert 120 < half.counts["augmented"] < 180
@@ -94,7 +94,7 @@ def test_pixels_are_mixed_with_an_image_of_the_class(rivals, source, train, batc
         torch.testing.assert_close(mixed[i], (1 - w) * batch[i] + w * partner, rtol=0, atol=1e-6)
 
 
-def test_latents_are_mixed_whole_which_is_mixup_along_all_axes(rivals, source, train, batch):
+def test_latent_mixup_is_flow_mixup_at_full_rank(rivals, source, train, batch):
     transform = make(rivals, "latent", source, train)
     flow, plan = transform.flow, transform.plan(Y)
     mixed = transform.apply(batch, Y, plan)
@@ -103,8 +103,8 @@ def test_latents_are_mixed_whole_which_is_mixup_along_all_axes(rivals, source, t
     w = plan.weight[:, :1]
     expected = flow.decode((1 - w) * z + w * flow.encode(torch.stack(partners))[0])
     torch.testing.assert_close(mixed, expected.clamp(0, 1), rtol=0, atol=1e-5)
-    along_axes = flow.decode(mix_latents(z, Y, transform.pca, plan))
-    torch.testing.assert_close(mixed, along_axes.clamp(0, 1), rtol=0, atol=0.01)  # the table is in half precision
+    full_rank = flow.decode(mix_latents(z, Y, transform.pca, plan))
+    torch.testing.assert_close(mixed, full_rank.clamp(0, 1), rtol=0, atol=0.01)  # pca.coords is in half precision
 
 
 def test_noise_and_draws_have_the_moments_of_the_class(rivals, source, train, batch):
@@ -116,11 +116,14 @@ def test_noise_and_draws_have_the_moments_of_the_class(rivals, source, train, ba
         centre = flow.encode(batch[:1])[0][0] if kind == "noise" else gaussians.mean[2]
         variance = gaussians.variance[2] * (0.25 if kind == "noise" else 0.5)
         error = (z.mean(0) - centre) / (variance / 2000).sqrt()
-        assert error.abs().mean() < 1.2, kind  # √(2/π) = 0.8 for the mean of absolute normal draws
+        assert error.abs().mean() < 1.2, kind  # the mean of |N(0, 1)| is √(2/π) = 0.8
         assert abs(float((z.var(0) / variance).mean()) - 1) < 0.05, kind
 
 
-BAD = [("shuffle", r"no augmentation 'shuffle'; expected one of flow, pixel"), ("pixel", r"24 images but .* know 36")]
+BAD = [
+    ("shuffle", r"unknown augmentation 'shuffle'; expected one of flow, pixel"),
+    ("pixel", r"24 images but .* fitted to 36"),
+]
 
 
 @pytest.mark.parametrize(("kind", "message"), BAD)
