@@ -31,7 +31,7 @@ def accuracy(output: Path, *options: str) -> float:
         *options: command line of ``finetune.py``.
     """
     if not (output / "metrics.json").is_file():
-        run = ["--cpu", "--workers", "0", "--output", str(output)]  # an epoch is too short to start workers for
+        run = ["--cpu", "--output", str(output)]
         subprocess.run([sys.executable, str(ROOT / "finetune.py"), *run, *options], check=True, cwd=ROOT)
     return 100 * json.loads((output / "metrics.json").read_text())["top1"]
 

@@ -53,8 +53,8 @@ def train(options: FinetuneOptions, sets: Sets, transform: FlowMixupTransform | 
     optimizer = create_optimizer(model, training, schedule)
     scheduler = create_schedule(optimizer, schedule, steps)
     parts = (model, optimizer) if transform is None else (model, optimizer, transform)
-    state = TrainingState(folder, options.training_options(), *parts)
-    start = state.restore()
+    state = TrainingState(folder, {"options": options.training_options()}, *parts)
+    start = state.restore(steps)
 
     stream, seconds = endless_batches(train_loader, start), torch.zeros(2)
     model.train()

@@ -37,13 +37,12 @@ from paper_layout import (
 )
 from torch import Tensor
 
-from flowaug.cli.arguments import flow_digest
 from flowaug.data import ImageDataset, load_dataset, stack_images
 from flowaug.evaluation.metrics import cnn_accuracy, coverage, density, features, fid, label_reliability
 from flowaug.evaluation.oracle import Oracle, small_oracle
 from flowaug.evaluation.sampling import rfcm, sample
 from flowaug.files import write_atomic, write_json
-from flowaug.flows.checkpoint import load_flow
+from flowaug.flows.checkpoint import flow_digest, load_flow
 from flowaug.flows.passes import ImageTable
 from flowaug.training.runtime import keep_freed_memory, machine_name
 

@@ -1,5 +1,6 @@
 """File utilities: atomic writes, JSON, serialised tensors and markdown tables."""
 
+import hashlib
 import html
 import json
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from safetensors.torch import save as save_bytes
 from torch import Tensor
+
+BLOCK = 2**20  # bytes read at a time
 
 
 def temporary_name(path: Path) -> Path:
@@ -45,6 +48,21 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write a dictionary as indented JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def file_digest(path: Path | None) -> str | None:
+    """Return the SHA-256 of a file as 64 hex digits; None without a path.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:

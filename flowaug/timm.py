@@ -11,12 +11,13 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor
+from torch import Tensor, distributed
 
 from flowaug.flows.flow import Flow
 from flowaug.latents.pca import ClasswisePCA
@@ -73,7 +74,7 @@ class BatchAugment:
         if self.mixup is not None:
             x, y = self.mixup(x, y)
         if self.erasing is not None:
-            self.erasing.device = x.device
+            cast(Any, self.erasing).device = x.device
             x = self.erasing(x)
         return x, y
 
@@ -290,10 +291,9 @@ def _class_names(layers: list) -> tuple[str, ...] | None:
     label_of = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
     if not isinstance(label_of, Mapping) or not all(isinstance(name, str) for name in label_of):
         return None
-    names = sorted(label_of, key=label_of.get)
+    names = sorted(label_of, key=lambda name: label_of[name])
     return tuple(names) if [label_of[n] for n in names] == list(range(len(names))) else None
 
 
 def _process_index() -> int:
-    distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

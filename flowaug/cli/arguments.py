@@ -87,11 +87,6 @@ def random_subset(data: ImageDataset, count: int, seed: int) -> ImageDataset:
     return data.subset(order[:count].sort().values.numpy())
 
 
-def flow_digest(flow: str) -> str:
-    """Return a short digest of a flow's weights and principal components."""
-    return "-".join(digest[:16] for digest in read_config(flow)["sha256"].values())
-
-
 def at_least(least: int) -> Callable[[str], int]:
     """Return an argparse type: a whole number of at least ``least``."""
 

@@ -13,7 +13,6 @@ from flowaug.cli.arguments import (
     add_flow,
     add_split,
     at_least,
-    flow_digest,
     not_negative,
     open_data,
     open_images,
@@ -26,7 +25,7 @@ from flowaug.evaluation.export import FORMATS, export
 from flowaug.evaluation.label_preservation import WEIGHTS, label_preservation, write_report
 from flowaug.evaluation.oracle import SMALL_STEPS, Oracle, load_oracle, small_oracle
 from flowaug.evaluation.pictures import draw_augmented
-from flowaug.flows.checkpoint import list_pretrained, read_config
+from flowaug.flows.checkpoint import flow_digest, list_pretrained, read_config
 from flowaug.mixup.plan import PARTNERS
 from flowaug.mixup.transform import FlowMixupTransform
 from flowaug.training.options.recipes import list_recipes
@@ -152,7 +151,7 @@ def preview(
     data = open_data(flow, split, dataset, data_dir, class_map)
     transform = _open_transform(flow, data.class_names, rank=rank, luminance=luminance)
     images, labels = zip(*data.examples(classes), strict=True)
-    size = transform.flow.event_shape[1:]
+    size = transform.flow.image_size
     x = torch.stack([to_pixels(image, size, data.channels) for image in images])
     path = draw_augmented(transform, x, torch.tensor(labels), output)
     print(f"{path}: {len(x)} images, original and mixed with a training image of their class")
@@ -179,7 +178,7 @@ def evaluate(
     transform = _open_transform(flow, data.class_names, **mixup)
     data = random_subset(data, max_images, seed)
     channels = max(data.channels, transform.flow.event_shape[0])
-    size = (image_size,) * 2 if image_size else tuple(transform.flow.event_shape[1:])
+    size = (image_size, image_size) if image_size else transform.flow.image_size
     if oracle:
         judge = load_oracle(oracle, len(data.class_names), channels, oracle_checkpoint, image_size, data.class_names)
     elif oracle_checkpoint:
@@ -196,7 +195,7 @@ def _report(
     transform: FlowMixupTransform,
     oracle: Oracle,
     data: ImageDataset,
-    size: tuple[int, ...],
+    size: tuple[int, int],
     channels: int,
     weights: Sequence[float],
     seed: int,

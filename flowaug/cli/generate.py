@@ -12,7 +12,6 @@ from flowaug.cli.arguments import (
     add_flow,
     add_split,
     at_least,
-    flow_digest,
     not_negative,
     open_images,
     png,
@@ -26,7 +25,7 @@ from flowaug.evaluation.plots import image_grid, scatter
 from flowaug.evaluation.sampling import MAPS, PATHS, choose_pairs, latent_map, rfcm
 from flowaug.evaluation.sampling import interpolate as interpolate_images
 from flowaug.files import write_json
-from flowaug.flows.checkpoint import load_flow
+from flowaug.flows.checkpoint import flow_digest, load_flow
 from flowaug.flows.flow import Flow
 from flowaug.flows.passes import ImageTable
 from flowaug.latents.pca import ClasswisePCA
@@ -157,7 +156,7 @@ def interpolate(
     check_class_names(model.class_names, data.class_names)
     chosen = choose_pairs(torch.as_tensor(data.targets), pairs, across, seed)
     subset = data.subset(chosen.flatten().numpy())
-    images = stack_images(subset, model.event_shape[1:], model.event_shape[0]).unflatten(0, (-1, 2))
+    images = stack_images(subset, model.image_size, model.event_shape[0]).unflatten(0, (-1, 2))
     targets = torch.as_tensor(subset.targets).unflatten(0, (-1, 2))
 
     walks = interpolate_images(model, images, targets, steps, path)
@@ -185,13 +184,14 @@ def map_latents(
     """Write the scatter plot and print where it is."""
     model = load_flow(flow)
     data = random_subset(open_images(flow, split, dataset, data_dir, class_map), max_images, seed)
-    images = stack_images(data, model.event_shape[1:], model.event_shape[0])
+    images = stack_images(data, model.image_size, model.event_shape[0])
     points = latent_map(model, images, method, seed)
     axes = ("first principal component", "second principal component") if method == "pca" else ("", "")
     title = f"{flow}: latents of {len(images)} images ({data.name}, {split}), {method}"
-    scatter(points, data.targets, data.class_names, output, title, axes)
+    labels = data.targets.tolist()
+    scatter(points, labels, data.class_names, output, title, axes)
     facts: dict[str, Any] = {"method": method, "split": split, "seed": seed, "data": data.name}
-    facts |= {"classes": list(data.class_names), "labels": data.targets.tolist()}
+    facts |= {"classes": list(data.class_names), "labels": labels}
     facts["coordinates"] = [[round(v, 5) for v in point] for point in points.tolist()]
     _write_facts(output, flow, facts)
     print(f"{output}: latents of {len(images)} images of {len(data.class_names)} classes by {method}")
@@ -237,7 +237,7 @@ def _covariance(
         return None, {"rfcm": False}
     data = open_images(flow, "train", dataset, data_dir, class_map)
     check_class_names(model.class_names, data.class_names)
-    images = stack_images(data, model.event_shape[1:], model.event_shape[0])
+    images = stack_images(data, model.image_size, model.event_shape[0])
     table = ImageTable(images, torch.as_tensor(data.targets), len(data.class_names))
     return rfcm(model, table), {"rfcm": True, "data": data.fingerprint()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -27,8 +28,9 @@ def load_digits(split: str) -> ImageDataset:
         split: "train" or "val".
     """
     from sklearn import datasets  # imported here because it is slow and only this data set needs it
+    from sklearn.utils import Bunch
 
-    raw = datasets.load_digits()
+    raw = cast(Bunch, datasets.load_digits())
     images = np.rint(raw.images * 255 / 16).astype(np.uint8)
     data = ImageDataset(images, raw.target, "0123456789", name="digits", grey_levels=17)
 

@@ -24,12 +24,13 @@ def scan_folder(root: Path) -> dict[str, dict[str, list[Path]]]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {str(root)!r} does not exist; give a folder with train/ and val/")
-    found = {split: find_split(root, split) for split in SPLIT_FOLDERS}
-    if found["train"] is None:
+    train, val = find_split(root, "train"), find_split(root, "val")
+    if train is None:
         raise missing_split(root, "train")
-    classes = {split: _scan_classes(folder) for split, folder in found.items() if folder}
-    if "val" in classes:
-        _check_same_classes(list(classes["train"]), list(classes["val"]), found["val"])
+    classes = {"train": _scan_classes(train)}
+    if val is not None:
+        classes["val"] = _scan_classes(val)
+        _check_same_classes(list(classes["train"]), list(classes["val"]), val)
     return classes
 
 
@@ -96,4 +97,4 @@ def load_folder(root: Path, split: str) -> ImageDataset:
     channels = grey_or_rgb(check_readable(all_paths, decode=False))
     images = [path for paths in classes.values() for path in paths]
     targets = np.repeat(np.arange(len(classes)), list(counts.values()))
-    return ImageDataset(images, targets, classes, name=root.resolve().name, channels=channels, root=root)
+    return ImageDataset(images, targets, list(classes), name=root.resolve().name, channels=channels, root=root)

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,9 +41,11 @@ class ImageDataset(Dataset):
         ValueError: images, targets and class names have inconsistent shapes or ranges.
     """
 
+    images: np.ndarray | Sequence[Path | int]
+
     def __init__(
         self,
-        images: np.ndarray | Sequence[str | Path],
+        images: np.ndarray | Sequence[str | Path] | range,
         targets: Sequence[int] | np.ndarray,
         class_names: Sequence[str],
         *,
@@ -87,14 +90,14 @@ class ImageDataset(Dataset):
     def image(self, index: int) -> Image.Image:
         """Return an image without the transform, in mode "L" (1 channel) or "RGB" (3 channels)."""
         mode = "L" if self.channels == 1 else "RGB"
-        if self.in_memory:
+        if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[index]).convert(mode)
         with self.open(index) as image:
             return to_mode(image, mode)
 
     def open(self, index: int) -> Image.Image:
         """Open an image file without decoding it."""
-        return Image.open(self.images[index])
+        return Image.open(self._paths[index])
 
     def check(self) -> None:
         """Check that every image file decodes completely.
@@ -103,13 +106,14 @@ class ImageDataset(Dataset):
             ValueError: some files are bad; the message names the first and counts them.
         """
         if not self.in_memory:
-            check_readable(self.images)
+            check_readable(self._paths)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
         """Return the images at ``indices``, in that order, with the same name, classes and transform."""
         indices = np.asarray(indices, dtype=np.int64)
         part = copy.copy(self)
-        part.images = self.images[indices] if self.in_memory else [self.images[i] for i in indices]
+        images = self.images
+        part.images = images[indices] if isinstance(images, np.ndarray) else [images[i] for i in indices]
         part.targets = self.targets[indices]
         return part
 
@@ -137,27 +141,40 @@ class ImageDataset(Dataset):
         """
         digest = hashlib.sha256(repr((self.class_names, self.channels, self.grey_levels)).encode())
         digest.update(self.targets.tobytes())
-        if self.in_memory:
+        if isinstance(self.images, np.ndarray):
             digest.update(repr(self.images.shape).encode() + self.images.tobytes())
         else:
             root = self.root or "."
-            sizes = [(Path(os.path.relpath(p, root)).as_posix(), p.stat().st_size) for p in self.images]
+            sizes = [(Path(os.path.relpath(p, root)).as_posix(), p.stat().st_size) for p in self._paths]
             digest.update(repr(sizes).encode())
         return digest.hexdigest()[:16]
+
+    @property
+    def _paths(self) -> Sequence[Path]:
+        """The image files, if the images are not in memory."""
+        return cast(Sequence[Path], self.images)
 
     def _labelled(self, image: Image.Image, index: int):
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
     def _find_channels(self) -> int:
-        if self.in_memory:
+        if isinstance(self.images, np.ndarray):
             return 1 if self.images.ndim == 3 else 3
-        return grey_or_rgb(check_readable(self.images, decode=False))
+        return grey_or_rgb(check_readable(self._paths, decode=False))
 
     def _find_size(self) -> tuple[int, int]:
-        if self.in_memory:
-            return self.images.shape[1:3]
+        if isinstance(self.images, np.ndarray):
+            height, width = self.images.shape[1:3]
+            return height, width
         with self.open(0) as image:
-            return image.size[::-1]
+            return image.height, image.width
+
+
+@runtime_checkable
+class StreamSource(Protocol):
+    """A stream of labelled images that creates its own loader, such as a ``StreamDataset``."""
+
+    def stream_loader(self, transform: Callable, batch_size: int, training: bool, *options) -> Any: ...  # noqa: D102
 
 
 def stack_images(dataset: ImageDataset, size: tuple[int, int], channels: int) -> torch.Tensor:

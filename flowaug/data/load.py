@@ -58,8 +58,8 @@ def load_dataset(
     """
     data_dir = None if data_dir is None else Path(data_dir).expanduser()
     if is_shards(dataset, data_dir):
-        _check_shard_options(data_dir, images_per_class)
-        return open_stream(data_dir, split, class_map, num_classes, train_samples)
+        source = _checked_source(data_dir, images_per_class)
+        return open_stream(source, split, class_map, num_classes, train_samples)
 
     _check_options(dataset, data_dir, split, images_per_class, train_samples)
     data = _load(dataset, data_dir, split)
@@ -70,7 +70,8 @@ def load_dataset(
     return data
 
 
-def _check_shard_options(data_dir: Path | None, images_per_class: int | None) -> None:
+def _checked_source(data_dir: Path | None, images_per_class: int | None) -> Path:
+    """Return the folder or pattern of the shards, after a check of the options for shards."""
     if data_dir is None:
         raise ValueError(
             "dataset 'wds/' needs data_dir (--data-dir); give a folder with .tar shards or a pattern of their paths"
@@ -80,6 +81,7 @@ def _check_shard_options(data_dir: Path | None, images_per_class: int | None) ->
             "images_per_class needs random access to images, but webdataset shards are read as a stream; leave it out, "
             "or unpack the shards into train/ and val/ with one folder per class"
         )
+    return data_dir
 
 
 def _apply_class_map(

@@ -7,12 +7,13 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flowaug.data.images import ImageDataset
+from flowaug.data.images import ImageDataset, StreamSource
 
 
 def batches(
@@ -98,7 +99,7 @@ def endless_table(
 
 
 def create_loader(
-    dataset: ImageDataset,
+    dataset: ImageDataset | StreamSource,
     transform: Callable,
     batch_size: int,
     shuffle: bool,
@@ -133,7 +134,7 @@ def create_loader(
     """
     if not callable(transform):
         raise ValueError(f"transform is {transform!r}; expected a callable from a PIL image to a tensor")
-    if hasattr(dataset, "stream_loader"):
+    if isinstance(dataset, StreamSource):
         return dataset.stream_loader(
             transform, batch_size, shuffle, seed, workers, process_index, num_processes, repeats
         )
@@ -148,6 +149,7 @@ def create_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
+        persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(seed),
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
@@ -162,7 +164,8 @@ def endless_batches(loader: DataLoader, start: int) -> Iterator:
         start: number of batches to skip, to resume a training run; their images are not transformed.
     """
     epoch, skip = divmod(start, len(loader))
-    loader.sampler.set_epoch(epoch, skip=skip * loader.batch_size)
+    sampler, batch_size = cast(EpochSampler, loader.sampler), cast(int, loader.batch_size)
+    sampler.set_epoch(epoch, skip=skip * batch_size)
     yield from itertools.islice(loader, len(loader) - skip)
     while True:
         yield from loader

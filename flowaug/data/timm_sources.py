@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -68,7 +69,7 @@ class ReaderDataset(ImageDataset):
             return describe_error(error)
 
 
-def is_timm(dataset: str | None) -> bool:
+def is_timm(dataset: str | None) -> TypeGuard[str]:
     """Return whether a data set name starts with a prefix of timm: ``torch/``, ``hfds/``, ``tfds/`` or ``hfids/``."""
     return dataset is not None and "/" in dataset and dataset.partition("/")[0].lower() in PREFIXES
 
@@ -128,7 +129,7 @@ def _split_names(name: str, root: Path | None, split: str) -> tuple[str, ...]:
 
     For torchvision's image folder it is the name of the split's folder: timm reads the whole root if that is missing.
     """
-    if name.lower() not in ("torch/image_folder", "torch/folder"):
+    if root is None or name.lower() not in ("torch/image_folder", "torch/folder"):
         return SPLITS[split] if name.lower().startswith("hfds/") else SPLITS[split][:1]
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {str(root)!r} does not exist; give a folder with train/ and val/")
@@ -146,15 +147,21 @@ def _from_torchvision(name: str, raw: dict, split: str) -> ImageDataset:
         targets = np.asarray(data.targets)
         return ImageDataset(np.asarray(data.data), targets if targets.ndim == 1 else targets[:, 0], names, name=name)
 
-    files = {part: getattr(source, "samples", None) or getattr(source, "imgs", None) for part, source in raw.items()}
-    if not all(files.values()):
+    files = {part: _listed_files(source, name) for part, source in raw.items()}
+    paths, targets = zip(*files[split], strict=True)
+    modes = check_readable([Path(path) for part in files.values() for path, _ in part], decode=False)
+    return ImageDataset(paths, targets, names, name=name, channels=grey_or_rgb(modes), root=data.root)
+
+
+def _listed_files(source, name: str) -> list[tuple[str, int]]:
+    """Return the paths and labels of torchvision's data set; its attribute has one of two names."""
+    files = getattr(source, "samples", None) or getattr(source, "imgs", None)
+    if not files:
         raise ValueError(
             f"{name!r} has neither an array of images nor a list of files; expected one of them; save it as an image "
             "folder with train/ and val/ instead"
         )
-    paths, targets = zip(*files[split], strict=True)
-    modes = check_readable([Path(path) for part in files.values() for path, _ in part], decode=False)
-    return ImageDataset(paths, targets, names, name=name, channels=grey_or_rgb(modes), root=data.root)
+    return files
 
 
 def _class_name(entry: str | tuple[str, ...]) -> str:

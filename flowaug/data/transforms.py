@@ -1,13 +1,13 @@
 """Transforms: timm's for single images, random shifts and flips of batches, and a classifier's preprocessing."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import Compose, v2
 
 from flowaug.pixels import resize
 
@@ -57,17 +57,18 @@ def train_transform(size: int, channels: int, settings: TransformSettings) -> Ca
     Returns:
         A callable from a PIL image to uint8 (channels, size, size).
     """
-    transform = create_transform(
+    created = create_transform(
         (3, size, size),
         is_training=True,
         scale=settings.scale or WHOLE,
         ratio=settings.ratio or WHOLE,
         hflip=settings.hflip,
         auto_augment=settings.aa,
-        color_jitter=settings.color_jitter,
+        color_jitter=cast(float, settings.color_jitter),
         interpolation="bicubic",
         normalize=False,
     )
+    transform = cast(Compose, created)
     if settings.scale is None and settings.ratio is None:
         transform.transforms[0] = v2.Resize((size, size), v2.InterpolationMode.BICUBIC, antialias=True)
     return transform if channels == 3 else GreyscaleTransform(transform)

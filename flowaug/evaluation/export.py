@@ -136,7 +136,9 @@ def _create_writer(
         raise ValueError(f"layout is {layout!r}; expected one of {FORMATS}")
     names = _folder_names(class_names)
     _check_manifest(folder, manifest, class_names)
-    return {"folder": FolderWriter, "webdataset": ShardWriter}[layout](folder, split, names, targets)
+    if layout == "webdataset":
+        return ShardWriter(folder, split, targets)
+    return FolderWriter(folder, split, names, targets)
 
 
 def _write(writer, parts: list[Chunk], render: Callable[[Chunk], dict[int, Image.Image]], what: str) -> dict:
@@ -195,11 +197,10 @@ class ShardWriter:
     Args:
         folder: output folder.
         split: "train" or "val".
-        names: not used; for the same interface as :class:`FolderWriter`.
         targets: labels of all images.
     """
 
-    def __init__(self, folder: Path, split: str, names: list[str], targets: np.ndarray):
+    def __init__(self, folder: Path, split: str, targets: np.ndarray):
         self.folder = folder
         self.split = split
         self.targets = targets

@@ -154,11 +154,11 @@ def cnn_accuracy(
     Returns:
         Accuracy in [0, 1].
     """
-    channels, size = images.shape[1], tuple(images.shape[2:])
+    channels, height, width = images.shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = small_image_stem(timm.create_model(model, num_classes=num_classes, in_chans=channels))
-        oracle = untrained(net, channels, size, f"{model} on generated images").to(device)
+        oracle = untrained(net, channels, (height, width), f"{model} on generated images").to(device)
 
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
         one_cycle = torch.optim.lr_scheduler.OneCycleLR

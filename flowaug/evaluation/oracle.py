@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, cast
 
 import timm
 import torch
@@ -18,9 +19,18 @@ from tqdm.auto import tqdm
 from flowaug.data import ImageDataset, stack_images
 from flowaug.data.loaders import endless_table
 from flowaug.data.transforms import Preprocess, random_hflip, random_shift
+from flowaug.data.wds.dataset import StreamDataset
 from flowaug.files import pack, write_atomic
 
 SMALL_MODEL, SMALL_STEPS, SMALL_BATCH = "test_resnet", 300, 64
+
+
+class FeatureModel(Protocol):
+    """A classifier in two parts, as timm's models are."""
+
+    def forward_features(self, x: Tensor) -> Tensor: ...  # noqa: D102
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor: ...  # noqa: D102
 
 
 class Oracle:
@@ -52,8 +62,8 @@ class Oracle:
         config = resolve_model_data_config(model)
         channels = channels or config["input_size"][0]
         mean, std = (v if channels == 3 else (sum(v) / len(v),) for v in (config["mean"], config["std"]))
-        shape = config["input_size"][1:] if size is None else (size, size)
-        return cls(model, (channels, *shape), mean, std, name)
+        height, width = config["input_size"][1:] if size is None else (size, size)
+        return cls(model, (channels, height, width), mean, std, name)
 
     def to(self, device: torch.device | str) -> "Oracle":
         """Move the classifier to a device, in place."""
@@ -87,22 +97,21 @@ class Oracle:
         Raises:
             ValueError: if the model is not a timm model.
         """
-        return self._pool(self._forward_features(x))
+        model = self._feature_model()
+        return _pool(model, model.forward_features(self._preprocess(x)))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Predict labels (B,) and compute penultimate features (B, d) in one pass; see :meth:`features`."""
-        hidden = self._forward_features(x)
-        return self.model.forward_head(hidden).argmax(1), self._pool(hidden)
+        model = self._feature_model()
+        hidden = model.forward_features(self._preprocess(x))
+        return model.forward_head(hidden).argmax(1), _pool(model, hidden)
 
-    def _forward_features(self, x: Tensor) -> Tensor:
+    def _feature_model(self) -> FeatureModel:
         if not (hasattr(self.model, "forward_features") and hasattr(self.model, "forward_head")):
             kind = type(self.model).__name__
             raise ValueError(f"{kind} has no forward_features and forward_head; use a timm model")
-        return self.model.forward_features(self._preprocess(x))
-
-    def _pool(self, hidden: Tensor) -> Tensor:
-        return self.model.forward_head(hidden, pre_logits=True).flatten(1)
+        return cast(FeatureModel, self.model)
 
     def _preprocess(self, x: Tensor) -> Tensor:
         self.check_channels(x.shape[1])
@@ -121,6 +130,10 @@ class Oracle:
                 f"the reference classifier takes {own} channels but the images have {channels}; "
                 "use a classifier trained on such images"
             )
+
+
+def _pool(model: FeatureModel, hidden: Tensor) -> Tensor:
+    return model.forward_head(hidden, pre_logits=True).flatten(1)
 
 
 def load_oracle(
@@ -164,19 +177,21 @@ def load_oracle(
             f"the reference classifier {name!r} has {model.num_classes} classes but the data set has {num_classes}; "
             "pass a checkpoint of this data set, or omit the classifier to train a small one"
         )
-    _check_class_names(name, model.pretrained_cfg.get("label_names"), class_names)
+    _check_class_names(name, cast(dict, model.pretrained_cfg).get("label_names"), class_names)
     return Oracle.from_timm(model, name, channels if checkpoint else None, size)
 
 
 def _check_class_names(name: str, model_names: Sequence[str] | None, data_names: Sequence[str] | None) -> None:
-    if None not in (model_names, data_names) and list(model_names) != list(data_names):
+    if model_names is None or data_names is None:
+        return
+    if list(model_names) != list(data_names):
         raise ValueError(
             f"the reference classifier {name!r} has the classes {list(model_names)}, the data set has "
             f"{list(data_names)}: class order differs from the data set; fine-tune the classifier on this data set"
         )
 
 
-def load_teacher(name: str, train: ImageDataset) -> Oracle:
+def load_teacher(name: str, train: ImageDataset | StreamDataset) -> Oracle:
     """Load the classifier that provides soft labels for the training of a flow.
 
     Args:
@@ -222,7 +237,7 @@ def small_oracle(
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         images = stack_images(train, image_size, channels)
-        fit(oracle, images, train.targets, optimizer, scheduler, SMALL_BATCH, seed, smoothing=0.1)
+        fit(oracle, images, torch.as_tensor(train.targets), optimizer, scheduler, SMALL_BATCH, seed, smoothing=0.1)
     write_atomic(path, pack(model.state_dict()))
     return oracle
 

@@ -129,7 +129,8 @@ def fixed_plan(transform: FlowMixupTransform, y: Tensor, weight: float, seed: in
     """
     pca = transform.pca
     u = torch.rand(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
-    partner = pca.offsets[y] + (u * pca.count[y]).long()
+    count = pca.count[y]
+    partner = pca.offsets[y] + torch.minimum((u * count).long(), count - 1)  # rounding can take u * count to count
     index = torch.arange(len(y), device=y.device)
     return MixPlan(index, torch.full((len(y), transform.sampler.policy.max_rank), weight, device=y.device), partner)
 

@@ -52,7 +52,7 @@ def image_grid(images: Images, path, row_labels=None, column_labels=None, title=
     row_labels = _check_labels(row_labels, images.shape[0], "row")
     column_labels = _check_labels(column_labels, images.shape[1], "column")
 
-    scale = scale or _readable_scale(*images.shape[3:], column_labels)
+    scale = scale or _readable_scale(images.shape[3], images.shape[4], column_labels)
     pixels = _to_uint8(images).repeat(scale, axis=3).repeat(scale, axis=4)
     canvas, lefts = _compose(pixels, set(gap_after))
     return _draw_grid(canvas, lefts, pixels.shape[3:], row_labels, column_labels, title, Path(path))
@@ -181,16 +181,16 @@ def scatter(points: np.ndarray, labels: Sequence[int], names: Sequence[str], pat
     Raises:
         ValueError: if the shape of the points is wrong, or there is not one label per point.
     """
-    points, labels = np.asarray(points), np.asarray(labels)
-    if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
-        raise ValueError(f"points have shape {points.shape}, labels {labels.shape}; expected (N, 2) and (N,)")
+    points, classes = np.asarray(points), np.asarray(labels)
+    if points.ndim != 2 or points.shape[1] != 2 or classes.shape != points.shape[:1]:
+        raise ValueError(f"points have shape {points.shape}, labels {classes.shape}; expected (N, 2) and (N,)")
 
-    shown = np.unique(labels)
+    shown = np.unique(classes)
     columns = -(-len(shown) // LEGEND_ROWS) if len(shown) <= LEGEND_MOST else 0
     figure = Figure(figsize=(6.4 + 1.1 * columns, 5.6), dpi=DPI, facecolor="white", layout="constrained")
     panel = figure.subplots()
     for k in shown:
-        _draw_class(panel, points[labels == k], k, str(names[k]), named=len(shown) <= len(CLASS_COLOURS))
+        _draw_class(panel, points[classes == k], k, str(names[k]), named=len(shown) <= len(CLASS_COLOURS))
     _style_axes(panel, *axes)
     if columns:
         _legend(panel, loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, handletextpad=0.3)

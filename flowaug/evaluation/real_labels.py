@@ -69,13 +69,14 @@ def _validation_names(dataset) -> list[str]:
     """Return ILSVRC2012_val_XXXXXXXX.JPEG for each image, in order; any suffix of the file name is dropped."""
     files = [] if getattr(dataset, "in_memory", True) else [Path(path).name for path in dataset.images]
     found = [re.match(r"ILSVRC2012_val_\d{8}", name) for name in files]
-    if not all(found) or not found:
+    names = [match[0] for match in found if match]
+    if len(names) < len(files) or not names:
         other = next((name for name, match in zip(files, found, strict=True) if not match), "no files")
         raise ValueError(
             f"ReaL labels (--real-labels) go by file names ILSVRC2012_val_00000001.JPEG, but the val split of "
             f"{dataset.name} has {other}; use the original files in val/, one folder per class, or omit the option"
         )
-    return [f"{match[0]}.JPEG" for match in found]
+    return [f"{name}.JPEG" for name in names]
 
 
 def _read(path) -> list:

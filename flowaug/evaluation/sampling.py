@@ -212,7 +212,8 @@ def _path_factors(a: Tensor, b: Tensor, w: Tensor, path: str) -> tuple[Tensor, T
 
     angle = F.cosine_similarity(a, b).clamp(-1, 1).acos()[:, None]
     parallel, sine = angle.sin() < PARALLEL_EPS, angle.sin().clamp(min=PARALLEL_EPS)
-    return tuple(torch.where(parallel, factor, (factor * angle).sin() / sine) for factor in linear)
+    factor_a, factor_b = (torch.where(parallel, factor, (factor * angle).sin() / sine) for factor in linear)
+    return factor_a, factor_b
 
 
 @torch.no_grad()

@@ -188,3 +188,13 @@ def load_pca(source: str | Path, device: torch.device | str = "cpu") -> Classwis
     """
     tensors = _read_tensors(find_flow(source), PCA, read_config(source))
     return ClasswisePCA.from_tensors(tensors).to(device)
+
+
+def flow_digest(source: str | Path) -> str:
+    """Return a short digest of a flow's weights and principal components.
+
+    Raises:
+        FileNotFoundError: no such flow.
+        ValueError: a damaged or foreign checkpoint.
+    """
+    return "-".join(digest[:16] for digest in read_config(source)["sha256"].values())

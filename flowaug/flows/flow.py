@@ -69,6 +69,11 @@ class Flow(nn.Module):
         return math.prod(self.event_shape)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.event_shape[1], self.event_shape[2])
+
+    @property
     def _event_description(self) -> str:
         return "images (B, C, H, W)" if len(self.event_shape) == 3 else "vectors (B, D)"
 
@@ -153,9 +158,14 @@ class Flow(nn.Module):
 
         Returns:
             Objective (B,) in nats.
+
+        Raises:
+            ValueError: if ``y`` is None and ``posterior_weight`` is not 0.
         """
         if not posterior_weight:
             return self.log_prob(x, y)
+        if y is None:
+            raise ValueError("posterior_weight needs the labels y of the events; pass them or set it to 0")
 
         z, ladj = self.encode(x)
         temperature = (self.gaussians.separation() / TYPICAL_GAP).clamp(min=1)

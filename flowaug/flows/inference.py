@@ -7,7 +7,8 @@
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from flowaug.flows.bijections import ActNorm, Bijection, Chain, Coupling
 from flowaug.flows.bijections.base import Chunked, ConditionedBijection
+from flowaug.flows.bijections.coupling import CouplingTransform
 from flowaug.flows.bijections.linear import Conv1x1, apply_matrix
 from flowaug.flows.networks import ScaledConv2d
 
@@ -30,6 +32,14 @@ class FixedMatrix(Bijection):
         norm: the ActNorm.
         conv: the 1×1 convolution, with the same number of channels.
     """
+
+    scale: Tensor
+    offset: Tensor
+    unscale: Tensor
+    shift: Tensor
+    matrix: Tensor
+    inverse_matrix: Tensor
+    ladj: Tensor
 
     def __init__(self, norm: ActNorm, conv: Conv1x1):
         super().__init__()
@@ -89,6 +99,9 @@ class FoldedConv2d(nn.Module):
         conv: the convolution with a separate gain.
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, conv: ScaledConv2d):
         super().__init__()
         self.register_buffer("weight", conv.scaled_weight())
@@ -117,7 +130,7 @@ def freeze(bijection: Bijection, conditioner_dtype: torch.dtype | None = None, c
         if isinstance(module, ConditionedBijection):
             _freeze_conditioner(module, conditioner_dtype)
         if isinstance(module, Chain):
-            module.bijections = nn.ModuleList(_fuse_steps(module.bijections))
+            module.bijections = cast(Sequence[Bijection], nn.ModuleList(_fuse_steps(module.bijections)))
             if compiled:
                 _compile_chunks(module)
     return bijection
@@ -133,7 +146,7 @@ def _freeze_conditioner(coupling: ConditionedBijection, dtype: torch.dtype | Non
 
     coupling.conditioner.to(dtype)
     for module in coupling.modules():
-        if hasattr(module, "shrink_norm_bound"):
+        if isinstance(module, CouplingTransform):
             module.shrink_norm_bound()
 
 
@@ -153,18 +166,19 @@ def _compile_padded(function: Callable) -> Callable:
     The batch is padded to a power of two, so that the function is compiled for few batch sizes.
     """
     compiled = torch.compile(function, dynamic=False, options=_fused_multiply_add())
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch < 2.7
 
     def call(x: Tensor):
         missing = (1 << (len(x) - 1).bit_length()) - len(x)
         padded = torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        with torch._dynamo.config.patch({limit: RECOMPILE_LIMIT}):
             out = compiled(padded)
         return out[: len(x)] if isinstance(out, Tensor) else tuple(tensor[: len(x)] for tensor in out)
 
     return call
 
 
-def _fused_multiply_add() -> dict[str, str]:
+def _fused_multiply_add() -> dict[str, Any]:
     """Return the compiler options that enable fused multiply-add, or none if the user changed the setting."""
     from torch._inductor import config  # slow to import, and only compiled flows need it
 
@@ -176,9 +190,11 @@ def _fuse_steps(bijections: Iterable[Bijection]) -> list[Bijection]:
     """Merge every ActNorm with the 1×1 convolution after it, and both with the coupling after them."""
     out: list[Bijection] = []
     for bijection in bijections:
-        if isinstance(bijection, Conv1x1) and out and isinstance(out[-1], ActNorm):
-            bijection = FixedMatrix(out.pop(), bijection)
-        if isinstance(bijection, Coupling) and out and isinstance(out[-1], FixedMatrix):
-            bijection = FixedStep(out.pop(), bijection)
-        out.append(bijection)
+        last = out[-1] if out else None
+        if isinstance(bijection, Conv1x1) and isinstance(last, ActNorm):
+            out[-1] = FixedMatrix(last, bijection)
+        elif isinstance(bijection, Coupling) and isinstance(last, FixedMatrix):
+            out[-1] = FixedStep(last, bijection)
+        else:
+            out.append(bijection)
     return out

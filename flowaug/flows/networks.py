@@ -4,14 +4,16 @@ A conditioner is built as ``network(in_channels, out_channels, **sizes)``. Its o
 its parameters are initialised on data, it has a method ``initialise(x)``.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowaug.flows.activations import elu
 
-# Backend of float32 linear layers on a CPU. "onednn" runs them as 1×1 convolutions of oneDNN, which is up to twice as
-# fast as "blas" on AMD processors.
+# Backend of float32 linear layers on a CPU: "blas", or "onednn" for 1×1 convolutions, up to twice as fast on AMD.
 LINEAR_BACKEND = "onednn"
 
 
@@ -83,9 +85,7 @@ class SelfAttention(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Residual self-attention over all pixels of an image, ``x + attention(norm(x))``.
-
-    It is the identity at initialisation.
+    """Residual self-attention over all pixels of an image, ``x + attention(norm(x))``; the identity at initialisation.
 
     Args:
         channels: number of input and output channels; a multiple of ``heads``.
@@ -201,9 +201,7 @@ class ScaledConv2d(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation residual block with convolutions of size 3, 1 and 3, each after an ELU.
-
-    It is the identity at initialisation.
+    """Residual block with convolutions of size 3, 1 and 3, each after an ELU; the identity at initialisation.
 
     Args:
         channels: number of input, hidden and output channels.
@@ -228,10 +226,18 @@ class ResidualBlock(nn.Module):
         return x + self.conv3.initialise(elu(h))
 
 
-class ConvConditioner(nn.Module):
-    """Residual network of the MEF coupling: convolution, residual blocks, convolution.
+class ImageConditioner(nn.Module):
+    """Base class of the conditioners of a ``Coupling``, with ``hidden`` channels between its layers."""
 
-    Source: Xiao & Liu, "Generative Flows with Matrix Exponential", ICML 2020.
+    hidden: int
+
+    def initialise(self, x: Tensor) -> Tensor:
+        """Initialise the parameters on ``x`` (B, in, H, W) and return the output on ``x``."""
+        raise NotImplementedError
+
+
+class ConvConditioner(ImageConditioner):
+    """Residual network of the MEF coupling (Xiao & Liu 2020): convolution, residual blocks, convolution.
 
     Args:
         in_channels: channels of the conditioning half.
@@ -256,16 +262,14 @@ class ConvConditioner(nn.Module):
     def initialise(self, x: Tensor) -> Tensor:
         """Initialise the parameters on ``x`` (B, in, H, W) and return the output on ``x``."""
         h = self.stem.initialise(x)
-        for block in self.blocks:
+        for block in cast(Iterable[ResidualBlock], self.blocks):
             h = block.initialise(h)
 
         return self.head.initialise(elu(self.attention(h)))
 
 
-class PlainConditioner(nn.Module):
-    """Convolutions with ReLU between them.
-
-    With 1×1 kernels on a 1×1 image this is a multilayer perceptron.
+class PlainConditioner(ImageConditioner):
+    """Convolutions with ReLU between them; with 1×1 kernels on a 1×1 image, a multilayer perceptron.
 
     Args:
         in_channels: channels of the conditioning half.
@@ -280,7 +284,7 @@ class PlainConditioner(nn.Module):
         widths = [in_channels] + [hidden] * (len(kernels) - 1)
         layers = [ScaledConv2d(width, hidden, kernel) for width, kernel in zip(widths[:-1], kernels[:-1], strict=True)]
         head = ScaledConv2d(widths[-1], out_channels, kernels[-1], zero=True)
-        self.layers = nn.ModuleList([*layers, head])
+        self.layers = cast(Sequence[ScaledConv2d], nn.ModuleList([*layers, head]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in, H, W) to (B, out, H, W)."""

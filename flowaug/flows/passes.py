@@ -88,7 +88,7 @@ class AveragedFlow(ModelEmaV3):
 
     def get_decay(self, step: int | None = None) -> float:
         """Return the weight of the current average when it is updated with the flow after ``step``."""
-        if self.swa_from is None or step < self.swa_from:
+        if self.swa_from is None or step is None or step < self.swa_from:
             return super().get_decay(step)
         return 1 - 1 / (step - self.swa_from + 1)
 
@@ -179,7 +179,9 @@ def fit_pca(
     own_classes = range(data.process_index, data.num_classes, data.num_processes)
     latents = (_encode_class(flow, data, device, label, moments) for label in own_classes)
     pca = ClasswisePCA.fit(latents, rank, partners) if own_classes else None
-    return pca if data.num_processes == 1 else _gather_pca(pca, flow.dim, data, rank, partners, reduce, device)
+    if pca is not None and data.num_processes == 1:
+        return pca
+    return _gather_pca(pca, flow.dim, data, rank, partners, reduce, device)
 
 
 def _encode_class(flow: Flow, data: ImageTable, device, label: int, moments: ClassMoments | None) -> Tensor:

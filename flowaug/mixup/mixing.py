@@ -27,6 +27,9 @@ def mix_latents(z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tenso
 
     Returns:
         Mixed latents (M, D), a new tensor.
+
+    Raises:
+        ValueError: if the plan draws partners from the Gaussians but has no ``noise``.
     """
     rank = plan.weight.shape[1]
     own = pca.project(z, y, rank)
@@ -78,5 +81,7 @@ def _partner_coordinates(own: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPla
     if plan.source == "batch":
         return own[plan.partner]
     if plan.source == "gaussian":
+        if plan.noise is None:
+            raise ValueError("the plan has the source 'gaussian' but no noise; pass standard normal draws (M, r)")
         return plan.noise * pca.variance[y, :rank].sqrt()
     return pca.coords[plan.partner, :rank].to(own.dtype)

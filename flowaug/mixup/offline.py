@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
 
 from flowaug.data.images import ImageDataset, to_pixels
+from flowaug.data.wds.dataset import StreamDataset
 from flowaug.mixup.transform import FlowMixupTransform, enlarge
 
 CHUNK = 256  # images per chunk; each chunk has its own seed, so that it can be computed alone
@@ -59,7 +61,7 @@ def augmented(transform: FlowMixupTransform, dataset: ImageDataset, chunk: Chunk
     if chunk.copy == 0:
         return images
 
-    size = transform.flow.event_shape[1:]
+    size = transform.flow.image_size
     small = torch.stack([to_pixels(image, size, dataset.channels) for image in images.values()])
     mixed = mix_chunk(transform, small, dataset.targets, chunk, seed)
     return {i: merge(image, *pair) for (i, image), *pair in zip(images.items(), small, mixed, strict=True)}
@@ -146,7 +148,7 @@ class AugmentedCopies(ImageDataset):
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: ImageDataset | StreamDataset,
         transform: FlowMixupTransform,
         copies: int,
         seed: int = 0,
@@ -162,7 +164,7 @@ class AugmentedCopies(ImageDataset):
         self.dataset = dataset
         self.changed_transform = changed_transform
 
-        self.small = dataset.read_table(transform.flow.event_shape[1:], dataset.channels)[0]
+        self.small = dataset.read_table(transform.flow.image_size, dataset.channels)[0]
         own = chunks(len(dataset), range(1, copies + 1))[process_index::num_processes]
         self.mixed = _mix_chunks(transform, self.small, dataset.targets, copies, own, seed)
         if num_processes > 1:
@@ -195,7 +197,7 @@ class AugmentedCopies(ImageDataset):
 
     def _row(self, index: int, number: int) -> int:
         """Return the row in ``mixed``. A subset keeps all rows; ``images`` are the indices of its originals."""
-        return (number * len(self.small) + self.images[index]) % len(self.mixed)
+        return (number * len(self.small) + cast(Sequence[int], self.images)[index]) % len(self.mixed)
 
 
 def to_image(pixels: Tensor) -> Image.Image:

@@ -220,7 +220,7 @@ class FlowMixupTransform:
     def _to_flow(self, pixels: Tensor) -> Tensor:
         if self.flow.event_shape[0] == 1 and pixels.shape[1] == 3:
             pixels = (pixels * pixels.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-        return quantise(resize(pixels, self.flow.event_shape[1:]))
+        return quantise(resize(pixels, self.flow.image_size))
 
     def _count(self, mixed: Tensor, accepted: Tensor, chosen: Tensor) -> None:
         self._counts[1:] += torch.stack([(mixed & accepted).sum(), (mixed & ~accepted).sum(), (chosen & ~mixed).sum()])
@@ -283,12 +283,12 @@ def _channel_constants(mean: Sequence[float] | None, std: Sequence[float] | None
     """Return mean and standard deviation, (C, 1, 1) each; 0 and 1 if not given."""
     if (mean is None) != (std is None):
         raise ValueError("pass both mean and std of the classifier's normalisation, or neither for images in [0, 1]")
-    mean, std = torch.tensor(mean or [0.0]), torch.tensor(std or [1.0])
-    if mean.ndim != 1 or mean.shape != std.shape or not (std > 0).all():
+    shift, scale = torch.tensor(mean or [0.0]), torch.tensor(std or [1.0])
+    if shift.ndim != 1 or shift.shape != scale.shape or not (scale > 0).all():
         raise ValueError(
-            f"mean is {mean.tolist()} and std is {std.tolist()}; expected one number per channel each, std positive"
+            f"mean is {shift.tolist()} and std is {scale.tolist()}; expected one number per channel each, std positive"
         )
-    return mean[:, None, None].float(), std[:, None, None].float()
+    return shift[:, None, None].float(), scale[:, None, None].float()
 
 
 def _fraction_outside(x: Tensor) -> Tensor:

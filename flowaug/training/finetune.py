@@ -8,12 +8,12 @@ Labels stay hard and the loss stays as it is. Options that are not given come fr
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -26,8 +26,10 @@ from flowaug.data.transforms import Preprocess, eval_transform
 from flowaug.data.wds.dataset import count_skipped
 from flowaug.evaluation.pictures import draw_augmented
 from flowaug.evaluation.real_labels import RealLabels
+from flowaug.files import file_digest
 from flowaug.mixup.transform import FlowMixupTransform
 from flowaug.training.classifier import (
+    InputSpec,
     accuracy,
     constructor_options,
     count_steps,
@@ -40,13 +42,16 @@ from flowaug.training.classifier import (
     write_classifier,
 )
 from flowaug.training.dry_run import classifier_plan
-from flowaug.training.flow_source import describe_flow, load_flow_mixup
+from flowaug.training.flow_source import describe_flow, digest_of_flow, load_flow_mixup
 from flowaug.training.logs import MetricsLog, RunningMean, describe_results
 from flowaug.training.options import FinetuneOptions
 from flowaug.training.options.command_line import parse_options
-from flowaug.training.pipeline import BatchPipeline, create_copies, create_loaders, create_pipeline
-from flowaug.training.resume import TrainingState, exclusive_folder
+from flowaug.training.pipeline import BatchPipeline, create_copies, create_loaders, create_pipeline, seed_step
+from flowaug.training.resume import TrainingState, exclusive_folder, is_finished, mark_finished
 from flowaug.training.runtime import (
+    StoppedError,
+    StopRequest,
+    compare_processes,
     create_accelerator,
     keep_freed_memory,
     one_sentence_errors,
@@ -66,6 +71,7 @@ class Training:
         loaders: of training and validation images.
         flow_mixup: the flow augmentation, or None.
         real: ReaL labels of the validation images, or None.
+        identity: what decides the results, see `TrainingState`.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Training:
         loaders: tuple,
         flow_mixup: FlowMixupTransform | None,
         real: RealLabels | None,
+        identity: dict[str, Any],
     ):
         training, transforms, output = options.training, options.transforms, options.run.output
         self.options, self.training, self.accelerator = options, training, accelerator
@@ -87,16 +94,17 @@ class Training:
         optimizer = create_optimizer(model, training, options.schedule)
         self.scheduler = create_schedule(optimizer, options.schedule, self.steps)
         self.criterion = create_loss(transforms.mixes, transforms.smoothing)
-        model = model.to(device=self.device, memory_format=self.format)
+        model = model.to(self.device).to(memory_format=self.format)
         decay = training.model_ema_decay
         self.averaged = ModelEmaV3(model, decay=decay, use_warmup=True) if training.model_ema else None
 
-        decisive = options.training_options()
-        self.log = MetricsLog(output, self.main, start_tracking(accelerator, "finetune", decisive))
+        track = start_tracking(accelerator, "finetune", options.training_options())
+        self.log = MetricsLog(output, self.main, track)
         self.mean_loss = RunningMean(self.device)
         parts = (model, self.averaged, optimizer, accelerator.scaler, self.log, self.mean_loss, flow_mixup)
-        self.state = TrainingState(output, decisive, *(part for part in parts if part is not None))
-        self.start = self.state.restore() if options.run.resume == "auto" else 0
+        self.state = TrainingState(output, identity, *(part for part in parts if part is not None))
+        self.start = self.state.restore(self.steps, accelerator.print) if options.run.resume == "auto" else 0
+        compare_processes(self.start, "steps to resume from")
         if self.start:
             accelerator.print(f"resuming {output} at step {self.start} of {self.steps}")
         if options.classifier.torchcompile:
@@ -109,11 +117,13 @@ class Training:
         stream = endless_batches(self.loaders[0], self.start * self.training.grad_accum_steps)
         self.model.train()
         hidden = not self.main
-        with tqdm(total=self.steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True) as bar:
+        bar = tqdm(total=self.steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True)
+        with bar, StopRequest(self.accelerator) as stop:
             for step in range(self.start, self.steps):
-                self.take_step(step, stream)
+                with self.state.saved_on_stop(step, stop):
+                    self.take_step(step, stream)
                 bar.update()
-                self.after_step(step + 1, bar)
+                self.after_step(step + 1, bar, stop.after_step(step + 1))
 
     def take_step(self, step: int, stream: Iterator) -> None:
         """Update the weights once."""
@@ -144,15 +154,21 @@ class Training:
                 self.accelerator.backward(losses[-1] / parts)
         return torch.stack([loss.detach() for loss in losses]).mean()
 
-    def after_step(self, done: int, bar: tqdm) -> None:
-        """Evaluate and save after ``done`` steps, where it is due."""
+    def after_step(self, done: int, bar: tqdm, signum: int) -> None:
+        """Evaluate and save after ``done`` steps, where it is due, and stop if a signal asks for it.
+
+        Raises:
+            StoppedError: ``signum`` is not 0; the state is saved.
+        """
         if done % evaluation_interval(self.steps, self.per_epoch) == 0 or done == self.steps:
             judged = self.model if self.averaged is None else self.averaged.module
             preprocess, reduce = self.pipeline.preprocess, sum_over_processes(self.accelerator)
             values = accuracy(judged, self.loaders[1], preprocess, self.device, reduce, self.real)
             self.log.write(done, {"train_loss": self.mean_loss.read(), **values}, bar)
-        if done % self.options.run.save_every == 0 and self.main:
+        if (done % self.options.run.save_every == 0 or done == self.steps or signum) and self.main:
             self.state.save(done)
+        if signum:
+            raise StoppedError(signum, done)
 
     def finish(self, dataset, model_args: dict[str, Any], spec) -> dict:
         """Write weights, curves, the before/after grid and the summary; return the summary."""
@@ -165,16 +181,11 @@ class Training:
             if self.flow_mixup is not None:
                 self.log.note("flow_aug", self.flow_mixup.counts)
                 draw_before_after(self.flow_mixup, dataset, output / "augmented.png")
+        summary = self.log.finish(model=model, seconds=round(seconds, 1), steps=self.log.last["step"])
+        if self.main:
+            mark_finished(output, self.state.identity)
             self.state.discard()
-        return self.log.finish(model=model, seconds=round(seconds, 1), steps=self.log.last["step"])
-
-
-def seed_step(seed: int, step: int, part: int, process_index: int, flow_mixup: FlowMixupTransform | None) -> None:
-    """Make the randomness of a forward pass depend on its number alone, so that a resumed run repeats it."""
-    numbers = (process_index, step) if part == 0 else (process_index, step, part)
-    set_seed(int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0]))
-    if flow_mixup is not None:
-        flow_mixup.reseed(seed, *numbers)
+        return summary
 
 
 def draw_before_after(flow_mixup: FlowMixupTransform, dataset, path: Path) -> None:
@@ -184,12 +195,26 @@ def draw_before_after(flow_mixup: FlowMixupTransform, dataset, path: Path) -> No
     draw_augmented(flow_mixup, torch.stack([transform(image) for image in images]), torch.tensor(labels), path)
 
 
+def run_identity(options: FinetuneOptions, train_set, val_set, num_processes: int) -> dict[str, Any]:
+    """Return what decides the results of a run, as JSON values."""
+    return {
+        "options": options.training_options(),
+        "training set": train_set.fingerprint(),
+        "validation set": val_set.fingerprint(),
+        "flow": digest_of_flow(options, train_set),
+        "policy": file_digest(options.flow_aug.flow_aug_policy),
+        "checkpoint": file_digest(options.classifier.checkpoint),
+        "number of processes": num_processes,
+    }
+
+
 def finetune(options: FinetuneOptions, accelerator: Accelerator) -> dict | None:
     """Train, evaluate and write the output folder; return the summary, or None after ``--dry-run``.
 
     Raises:
-        ValueError: options, data, flow or weights that cannot be used.
+        ValueError: options, data, flow or weights that cannot be used, or an output folder with another run.
         FileNotFoundError: data, flow or weights are not there.
+        StoppedError: a signal asked the training to stop.
     """
     training, run = options.training, options.run
     train_set, val_set = (options.data.open(split) for split in ("train", "val"))
@@ -198,29 +223,55 @@ def finetune(options: FinetuneOptions, accelerator: Accelerator) -> dict | None:
     real = RealLabels(labels, val_set, *process) if labels else None
     set_seed(training.seed)
     model, spec = create_classifier(options.classifier, num_classes, train_set.channels, not run.dry_run)
-    loading = (spec.size, options.transforms, training, run.workers, accelerator)
-    loaders = create_loaders(train_set, val_set, *loading)
+    loaders = create_loaders(train_set, val_set, spec.size, options.transforms, training, run.workers, accelerator)
     steps, flow = count_steps(training, len(loaders[0]))[0], describe_flow(options, train_set)
     accelerator.print(classifier_plan(options, model, spec, (train_set, val_set), steps, flow, accelerator))
     if run.dry_run:
         return None
+    if is_finished(run.output, run_identity(options, train_set, val_set, accelerator.num_processes), run.overwrite):
+        accelerator.print(f"finished already: {run.output}; pass --overwrite to train again")
+        return json.loads((run.output / "metrics.json").read_text(encoding="utf-8"))
+
     flow_mixup = load_flow_mixup(options, train_set, accelerator)
+    identity = run_identity(options, train_set, val_set, accelerator.num_processes)
     with exclusive_folder(run.output, accelerator.is_main_process):
-        on_batches = flow_mixup
-        if flow_mixup is not None and options.flow_aug.flow_aug_copies:
-            mixing = (options.flow_aug, options.transforms, spec.size, training.seed)
-            copies = create_copies(train_set, flow_mixup, *mixing, *process, sum_over_processes(accelerator))
-            loaders, on_batches = create_loaders(copies, val_set, *loading), None
+        loaders, on_batches = add_flow_mixup(options, train_set, val_set, loaders, flow_mixup, spec, accelerator)
         preprocess, off_epoch = Preprocess(spec.size, spec.mean, spec.std), options.flow_aug.flow_aug_off_epoch
         pipeline = create_pipeline(
             preprocess, options.transforms, num_classes, accelerator.device, on_batches, off_epoch
         )
-        trainer = Training(options, accelerator, model, pipeline, loaders, flow_mixup, real)
+        trainer = Training(options, accelerator, model, pipeline, loaders, flow_mixup, real, identity)
         trainer.run()
         if skipped := count_skipped({"train": train_set, "val": val_set}, gather_object):
             trainer.log.note("skipped", skipped)
-        model_args = constructor_options(options.classifier, num_classes, spec.size[0])
-        return trainer.finish(val_set, model_args, spec)
+        return trainer.finish(val_set, constructor_options(options.classifier, num_classes, spec.size[0]), spec)
+
+
+def add_flow_mixup(
+    options: FinetuneOptions,
+    train_set,
+    val_set,
+    loaders: tuple,
+    flow_mixup: FlowMixupTransform | None,
+    spec: InputSpec,
+    accelerator: Accelerator,
+) -> tuple[tuple, FlowMixupTransform | None]:
+    """Return the loaders, of offline copies if the options ask for them, and the flow mixup of batches, or None."""
+    if flow_mixup is None or not options.flow_aug.flow_aug_copies:
+        return loaders, flow_mixup
+    copies = create_copies(
+        train_set,
+        flow_mixup,
+        options.flow_aug,
+        options.transforms,
+        spec.size,
+        options.training.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        sum_over_processes(accelerator),
+    )
+    loading = (spec.size, options.transforms, options.training, options.run.workers, accelerator)
+    return create_loaders(copies, val_set, *loading), None
 
 
 def main(argv: list[str] | None = None, prog: str = "flowaug finetune") -> None:

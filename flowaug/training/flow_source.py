@@ -8,13 +8,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from flowaug.flows.checkpoint import CONFIG, list_pretrained, read_config
+from flowaug.flows.checkpoint import flow_digest, list_pretrained, read_config
 from flowaug.mixup.settings import MIXUP_DEFAULTS, has_few_images
 from flowaug.mixup.transform import FlowMixupTransform
 from flowaug.training.dry_run import copies_memory
 from flowaug.training.logs import order_warning
 from flowaug.training.options import DataOptions, FinetuneOptions, TrainFlowOptions
 from flowaug.training.options.recipes import resolve_options
+from flowaug.training.resume import FINISHED
 from flowaug.training.train_flow import train_flow
 
 
@@ -38,13 +39,21 @@ def own_flow_options(options: FinetuneOptions, dataset) -> TrainFlowOptions:
     return dataclasses.replace(flow_options, run=run)
 
 
+def digest_of_flow(options: FinetuneOptions, dataset) -> str | None:
+    """Return the digest of the flow to use; None without one, and for a flow that is still to be trained."""
+    if not options.flow_aug.flow_aug:
+        return None
+    source = named_flow(options) or own_flow_options(options, dataset).run.output
+    return flow_digest(source) if named_flow(options) or (Path(source) / FINISHED).is_file() else None
+
+
 def find_flow(options: FinetuneOptions, dataset, accelerator: Accelerator) -> str | Path:
     """Return the flow to use: the one named, the data set's bundled one, or one trained now and kept."""
     if source := named_flow(options):
         return source
     flow_options = own_flow_options(options, dataset)
     folder = flow_options.run.output
-    if (folder / CONFIG).is_file():
+    if (folder / FINISHED).is_file():
         accelerator.print(f"using the flow trained for this data set earlier: {folder}")
         return folder
     accelerator.print(f"there is no flow for this data set yet; training one first, kept in {folder}")
@@ -79,7 +88,7 @@ def describe_flow(options: FinetuneOptions, dataset) -> str:
     else:
         flow = own_flow_options(options, dataset)
         text, shape = f"{flow.run.output}", (dataset.channels, flow.flow.image_size, flow.flow.image_size)
-        if not (flow.run.output / CONFIG).is_file():
+        if not (flow.run.output / FINISHED).is_file():
             text += f", trained first: {flow.flow.model}, at most {flow.training.steps} steps"
     mixing = mixup_keywords(options, stored, len(dataset), len(dataset.class_names))
     weights = "principal component" if mixing["per_axis"] else "image"

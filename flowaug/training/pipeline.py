@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -142,3 +144,11 @@ def create_loaders(
         repeats=training.epoch_repeats,
     )
     return train, create_loader(val_set, eval_transform(size), batch_size, False, training.seed, workers, *process)
+
+
+def seed_step(seed: int, step: int, part: int, process_index: int, flow_mixup: FlowMixupTransform | None) -> None:
+    """Make the randomness of a forward pass depend on its number alone, so that a resumed run repeats it."""
+    numbers = (process_index, step) if part == 0 else (process_index, step, part)
+    set_seed(int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0]))
+    if flow_mixup is not None:
+        flow_mixup.reseed(seed, *numbers)

@@ -1,7 +1,12 @@
-"""State of a running training on disk, as safetensors + JSON: a killed run resumes from it, nothing is unpickled."""
+"""Interrupted and finished runs: training states on disk, the lock of an output folder, and the mark of a finished run.
 
+States are safetensors files whose header holds the structure as JSON; nothing is unpickled.
+"""
+
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowaug.files import pack, temporary_name, write_atomic
+from flowaug.files import pack, temporary_name, write_atomic, write_json
+from flowaug.training.runtime import StoppedError, StopRequest
 
-LOCK_TIMEOUT_S = 10  # seconds to wait for a folder: the loaders' workers of a killed run notice it after 5
+LOCK_TIMEOUT_S = 10  # the data loader workers of a killed run notice it after 5 seconds
+STATE, PREVIOUS_STATE, FINISHED = "state.safetensors", "state.previous.safetensors", "run.json"
 _TENSOR = "__tensor__"
 
 
@@ -39,42 +46,48 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return tree["value"]
 
 
-def save_state(path: Path, state: dict) -> None:
-    """Write nested dictionaries and lists of tensors and JSON values to one file, atomically.
-
-    The structure travels in the header of the safetensors file, so that one rename publishes both.
-    """
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write nested dictionaries and lists of tensors and JSON values to one file, atomically, with a checksum."""
     tensors: dict[str, Tensor] = {}
-    tree = _split(state, "state", tensors)
-    write_atomic(path, pack(tensors, {"tree": json.dumps(tree)}))
+    tree = json.dumps(_split(state, "state", tensors))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, pack(tensors, {"tree": tree, "sha256": _checksum(tree, tensors)}))
 
 
-def load_state(path: Path, device: torch.device | str = "cpu") -> dict:
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what ``save_state`` wrote.
 
     Raises:
-        ValueError: the file is truncated or not a state.
+        ValueError: the file is truncated, damaged or not a state.
     """
     try:
         with safe_open(path, "pt") as file:
-            tree = json.loads(file.metadata()["tree"])
-        return _join(tree, load_file(path, device=str(device)))
-    except (SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not a readable training state ({error}); delete it to start from the beginning"
-        ) from error
+            metadata = file.metadata()
+        tensors = load_file(path)
+        if metadata["sha256"] != _checksum(metadata["tree"], tensors):
+            raise ValueError("its checksum differs")
+        return _join(json.loads(metadata["tree"]), {name: tensor.to(device) for name, tensor in tensors.items()})
+    except (SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable training state ({error})") from error
+
+
+def _checksum(tree: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(tree.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextmanager
 def exclusive_folder(folder: Path, main: bool = True) -> Iterator[None]:
-    """Keep a folder for one run, by a lock file that goes when the run ends and binds nobody when it is killed.
+    """Lock an output folder for one run; the lock of a killed run does not hold.
 
     Args:
-        folder: the run's output folder, made if it is not there.
-        main: whether this is the process that writes; the others of a run pass.
+        folder: the run's output folder; created if it does not exist.
+        main: whether this is the process that writes; the other processes of a run do not lock.
 
     Raises:
-        ValueError: another run holds the folder.
+        ValueError: another run has locked the folder.
     """
     if not main:
         yield
@@ -85,7 +98,7 @@ def exclusive_folder(folder: Path, main: bool = True) -> Iterator[None]:
         lock.acquire(timeout=LOCK_TIMEOUT_S)
     except Timeout as error:
         raise ValueError(
-            f"another run is writing to {folder}; wait for it to end, or give this one another --output"
+            f"another run is writing to {folder}; wait for it to end, or choose another --output"
         ) from error
     try:
         yield
@@ -95,43 +108,135 @@ def exclusive_folder(folder: Path, main: bool = True) -> Iterator[None]:
         lock.release()
 
 
+def is_finished(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
+    """Return whether the folder holds the finished run of this identity.
+
+    Args:
+        folder: the run's output folder.
+        identity: what decides the results of the run, as JSON values.
+        overwrite: train again whatever the folder holds.
+
+    Raises:
+        ValueError: the folder holds another finished run.
+    """
+    mark = folder / FINISHED
+    if overwrite or any((folder / name).is_file() for name in (STATE, PREVIOUS_STATE)):
+        return False
+    if not mark.is_file():
+        if (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds a finished model; choose another --output, or pass --overwrite")
+        return False
+    differing = _differences(json.loads(mark.read_text(encoding="utf-8")), identity)
+    if differing:
+        raise ValueError(
+            f"{folder} holds a finished run with another {differing}; choose another --output, or pass --overwrite"
+        )
+    return True
+
+
+def mark_finished(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write the mark of a finished run, after all its outputs."""
+    write_json(folder / FINISHED, dict(identity))
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """Return the names of options and other facts that differ between two identities, for a message."""
+    ours = json.loads(json.dumps(ours))
+    options = [theirs.get("options", {}), ours["options"]]
+    names = sorted(name for name in ours["options"] if options[0].get(name) != options[1][name])
+    facts = [name for name in ours if name != "options" and theirs.get(name) != ours[name]]
+    return ", ".join([*(f"option {name}" for name in names), *facts])
+
+
 class TrainingState:
     """The parts of a training that change from step to step, saved and restored together.
 
+    The state before the latest one is kept, in case the latest is damaged.
+
     Args:
-        folder: the run's output folder; the state is a file in it.
-        recipe: the options that decide its numbers; a state of other options is refused.
-        *parts: objects with ``state_dict`` and ``load_state_dict``: modules, optimisers, logs.
+        folder: the run's output folder.
+        identity: what decides the results of the run, as JSON values: ``options`` and further facts by name. A state
+            with another identity is refused.
+        *parts: objects with ``state_dict`` and ``load_state_dict``: modules, optimizers, logs.
     """
 
-    def __init__(self, folder: Path, recipe: dict, *parts):
-        self.path, self.recipe, self.parts = folder / "state.safetensors", recipe, parts
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *parts: Any):
+        self.path, self.previous = folder / STATE, folder / PREVIOUS_STATE
+        self.identity, self.parts = identity, parts
 
     def save(self, step: int) -> None:
-        """Write the state after ``step`` steps, atomically."""
+        """Write the state after ``step`` steps, atomically; the state before it becomes the previous one."""
+        if self.path.is_file():
+            os.replace(self.path, self.previous)
         parts = [part.state_dict() for part in self.parts]
-        save_state(self.path, {"step": step, "recipe": self.recipe, "parts": parts})
+        save_state(self.path, {"step": step, "identity": self.identity, "parts": parts})
 
-    def restore(self) -> int:
-        """Load a state in place, if there is one, and return the step to go on from.
+    @contextmanager
+    def saved_on_stop(self, step: int, stop: StopRequest) -> Iterator[None]:
+        """Save the state of ``step`` steps if the next step fails after a request to stop.
+
+        A scheduler sends its signal to all processes of a job, which ends the workers of a data loader.
 
         Raises:
-            ValueError: the state is damaged, or of a run with other options.
+            StoppedError: the step failed and the state is saved.
         """
-        if not self.path.is_file():
-            return 0
-        state = load_state(self.path)
-        differ = sorted(k for k in self.recipe if self.recipe[k] != state["recipe"].get(k))
-        if differ:
+        try:
+            yield
+        except RuntimeError as error:
+            if not stop.signum or stop.accelerator.num_processes > 1:
+                raise
+            self.save(step)
+            raise StoppedError(stop.signum, step) from error
+
+    def restore(self, steps: int, report: Callable[[str], None] = print) -> int:
+        """Load a state in place, if there is one, and return the step to continue from.
+
+        Args:
+            steps: optimizer steps of the whole training.
+            report: receives a message about a damaged state.
+
+        Raises:
+            ValueError: all states are damaged, or they belong to another run.
+        """
+        damage = ""
+        for path in (self.path, self.previous):
+            if not path.is_file():
+                continue
+            try:
+                return self._restore(path, steps)
+            except _DamagedStateError as error:
+                damage = f"{error}; "
+                report(f"warning: {error}; trying the state before it")
+        if damage:
+            raise ValueError(f"{damage}pass --resume never to start from the beginning, or choose another --output")
+        return 0
+
+    def _restore(self, path: Path, steps: int) -> int:
+        try:
+            state = load_state(path)
+            step, identity, values = state["step"], state["identity"], state["parts"]
+        except (ValueError, KeyError) as error:
+            raise _DamagedStateError(str(error)) from error
+        differing = _differences(identity, self.identity)
+        if differing:
             raise ValueError(
-                f"{self.path} is of a run with other options ({', '.join(differ)}); use --resume never or another "
-                "--output"
+                f"{path} belongs to a run with another {differing}; undo the change, pass --resume never to start from "
+                "the beginning, or choose another --output"
             )
-        for part, values in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(values)
-        return state["step"]
+        if not isinstance(step, int) or not 0 <= step <= steps:
+            raise _DamagedStateError(f"{path} is after step {step!r} of {steps}")
+        try:
+            for part, value in zip(self.parts, values, strict=True):
+                part.load_state_dict(value)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise _DamagedStateError(f"{path} does not fit this run ({str(error).partition(chr(10))[0]})") from error
+        return step
 
     def discard(self) -> None:
-        """Remove the state of a run that has ended, and what a kill in the middle of writing one left."""
-        for leftover in (self.path, temporary_name(self.path)):
+        """Remove the states of a run that has finished, and partial files of a killed one."""
+        for leftover in (self.path, self.previous, temporary_name(self.path)):
             leftover.unlink(missing_ok=True)
+
+
+class _DamagedStateError(ValueError):
+    """A state that cannot be used, while the one before it may be."""

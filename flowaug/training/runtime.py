@@ -6,17 +6,22 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object
 from torch import Tensor
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
 _KEEP_BYTES = 2**30
+STEPS_BETWEEN_AGREEMENTS = 20  # of several processes about a stop request; an agreement waits for the device
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -53,11 +58,80 @@ def sum_over_processes(accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     return lambda tensor: cast(Tensor, accelerator.reduce(tensor))
 
 
+class StoppedError(Exception):
+    """The end of a training that was asked to stop; its state is saved.
+
+    Args:
+        signum: the signal.
+        step: steps done.
+    """
+
+    def __init__(self, signum: int, step: int):
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; run the same command again to resume")
+        self.exit_code = 128 + signum
+
+
+class StopRequest:
+    """SIGTERM and SIGINT as a request to stop after the current step; a second signal ends the program at once.
+
+    Args:
+        accelerator: processes, which stop after the same step.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.signum = accelerator, 0
+        self.handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        """Install the signal handlers, in the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the signal handlers."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        self.handlers = {}
+
+    def _receive(self, signum: int, frame: object) -> None:
+        self.signum = signum
+        self.__exit__()
+
+    def after_step(self, done: int) -> int:
+        """Return the signal to stop for after ``done`` steps, the same on all processes; 0 to continue."""
+        if self.accelerator.num_processes == 1:
+            return self.signum
+        if done % STEPS_BETWEEN_AGREEMENTS:
+            return 0
+        received = torch.tensor(self.signum, device=self.accelerator.device)
+        return int(sum_over_processes(self.accelerator)(received)) and (self.signum or signal.SIGTERM)
+
+
+def compare_processes(value: Any, what: str) -> None:
+    """Raise a ValueError unless all processes have the same value.
+
+    Args:
+        value: a JSON value.
+        what: its name in the message.
+    """
+    values = gather_object([value])
+    if any(other != values[0] for other in values):
+        raise ValueError(
+            f"the processes have different {what}: {values}; --output and the data must be on a file system that all "
+            "processes share"
+        )
+
+
 @contextlib.contextmanager
 def one_sentence_errors(prog: str) -> Iterator[None]:
     """End the program with "prog: message" and exit code 1 on an error that a user can mend."""
     try:
         yield
+    except StoppedError as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except (ValueError, OSError) as error:
         sys.exit(f"{prog}: {error}")
 

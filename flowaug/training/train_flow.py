@@ -13,6 +13,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,8 @@ from tqdm.auto import tqdm
 from flowaug.data.wds.dataset import StreamDataset, count_skipped
 from flowaug.evaluation.oracle import Oracle, load_teacher
 from flowaug.evaluation.pictures import draw_progress
+from flowaug.files import file_digest
+from flowaug.flows.checkpoint import WEIGHTS, flow_digest
 from flowaug.flows.flow import Flow
 from flowaug.flows.passes import AveragedFlow, ImageTable, evaluate, fit_pca, reduced
 from flowaug.latents.moments import ClassMoments
@@ -34,8 +37,11 @@ from flowaug.training.logs import MetricsLog
 from flowaug.training.optimizers import flow_optimizer
 from flowaug.training.options import TrainFlowOptions
 from flowaug.training.options.command_line import parse_options
-from flowaug.training.resume import TrainingState, exclusive_folder
+from flowaug.training.resume import TrainingState, exclusive_folder, is_finished, mark_finished
 from flowaug.training.runtime import (
+    StoppedError,
+    StopRequest,
+    compare_processes,
     create_accelerator,
     keep_freed_memory,
     one_sentence_errors,
@@ -56,6 +62,7 @@ class FlowTraining:
         val: validation images.
         teachers: classifiers whose soft labels the classification term learns, alternating by step; none for the
             labels themselves.
+        identity: what decides the results, see `TrainingState`.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class FlowTraining:
         batches: FlowBatches,
         val: ImageTable,
         teachers: Sequence[Oracle],
+        identity: dict[str, Any],
     ):
         training = options.training
         self.options, self.training, self.accelerator = options, training, accelerator
@@ -78,16 +86,18 @@ class FlowTraining:
         self.optimizer = flow_optimizer(flow, training.opt, training.lr)
 
         self.reduce = sum_over_processes(accelerator)
-        decisive, output = options.training_options(), options.run.output
-        self.log = MetricsLog(output, self.main, start_tracking(accelerator, "train_flow", decisive))
+        output, track = options.run.output, start_tracking(accelerator, "train_flow", options.training_options())
+        self.log = MetricsLog(output, self.main, track)
         self.schedule = GaussianSchedule(
             options.gaussians, training.steps, training.seed, self.table, self.reduce, flow
         )
         parts = (flow, self.averaged, self.optimizer, self.log, self.schedule)
-        self.state = TrainingState(output, decisive, *parts)
-        self.start = self.state.restore() if options.run.resume == "auto" else 0
+        self.state = TrainingState(output, identity, *parts)
+        auto, steps = options.run.resume == "auto", training.steps
+        self.start = self.state.restore(steps, accelerator.print) if auto else 0
+        compare_processes(self.start, "steps to resume from")
         if self.start:
-            accelerator.print(f"resuming {output} at step {self.start}")
+            accelerator.print(f"resuming {output} at step {self.start} of {steps}")
         self.model, self.generator = accelerator.prepare(flow), torch.Generator(self.device)
         self.began = time.time()
 
@@ -97,11 +107,12 @@ class FlowTraining:
             self.set_gaussians(0)
         batches = self.batches.phases(self.schedule.phases(), self.start)
         steps, hidden = self.training.steps, not self.main
-        with tqdm(total=steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True) as bar:
+        bar = tqdm(total=steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True)
+        with bar, StopRequest(self.accelerator) as stop:
             for step, batch in enumerate(batches, self.start):
                 loss = self.take_step(step, *batch)
                 self.set_gaussians(step + 1)
-                self.after_step(step + 1, loss, bar)
+                self.after_step(step + 1, loss, bar, stop.after_step(step + 1))
                 bar.update()
 
     def take_step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
@@ -140,16 +151,22 @@ class FlowTraining:
             self.log.note("class_gaussians", note)
             self.averaged.module.gaussians.load_state_dict(self.flow.gaussians.state_dict())
 
-    def after_step(self, done: int, loss: Tensor, bar: tqdm) -> None:
-        """Evaluate, draw and save after ``done`` steps, where it is due."""
+    def after_step(self, done: int, loss: Tensor, bar: tqdm, signum: int) -> None:
+        """Evaluate, draw and save after ``done`` steps, where it is due, and stop if a signal asks for it.
+
+        Raises:
+            StoppedError: ``signum`` is not 0; the state is saved.
+        """
         last = done == self.training.steps
         if done % self.training.eval_every == 0 or last:
             values = evaluate(self.averaged.module, self.val, self.device, self.reduce)
             self.log.write(done, {"train_loss": loss.item(), **values}, bar)
             if self.main and not last:
                 draw_progress(self.averaged.module, self.table, self.val, self.options.run.output)
-        if done % self.options.run.save_every == 0 and self.main:
+        if (done % self.options.run.save_every == 0 or last or signum) and self.main:
             self.state.save(done)
+        if signum:
+            raise StoppedError(signum, done)
 
     def finish(self, dataset) -> None:
         """Fit moments and class principal components to the averaged flow and write its folder."""
@@ -163,8 +180,22 @@ class FlowTraining:
         if self.main:
             decisive = options.training_options()
             write_flow_folder(options.run.output, final, pca, moments, dataset, table, self.val, decisive, self.log)
+            mark_finished(options.run.output, self.state.identity)
             self.state.discard()
         self.accelerator.wait_for_everyone()
+
+
+def run_identity(options: TrainFlowOptions, train_set, val_set, num_processes: int) -> dict[str, Any]:
+    """Return what decides the results of a run, as JSON values."""
+    teachers = [path / WEIGHTS for path in map(Path, options.gaussians.teacher or ()) if path.is_dir()]
+    return {
+        "options": options.training_options(),
+        "training set": train_set.fingerprint(),
+        "validation set": val_set.fingerprint(),
+        "initial flow": flow_digest(options.flow.init_from) if options.flow.init_from else None,
+        "teacher": [file_digest(path) for path in teachers],
+        "number of processes": num_processes,
+    }
 
 
 def train_flow(options: TrainFlowOptions, accelerator: Accelerator) -> Path | None:
@@ -181,6 +212,10 @@ def train_flow(options: TrainFlowOptions, accelerator: Accelerator) -> Path | No
     accelerator.print(flow_plan(options, flow, sets["train"], len(sets["val"]), accelerator))
     if options.run.dry_run:
         return None
+    identity = run_identity(options, sets["train"], sets["val"], accelerator.num_processes)
+    if is_finished(options.run.output, identity, options.run.overwrite):
+        accelerator.print(f"finished already: {options.run.output}; pass --overwrite to train again")
+        return options.run.output
     teachers = [load_teacher(name, sets["train"]) for name in options.gaussians.teacher or ()]
     with exclusive_folder(options.run.output, accelerator.is_main_process):
         table, val = (read_table(data, sets["train"], options.flow.image_size, accelerator) for data in sets.values())
@@ -189,7 +224,7 @@ def train_flow(options: TrainFlowOptions, accelerator: Accelerator) -> Path | No
         batches = FlowBatches(
             sets["train"], table, options.transforms, training.batch_size, training.seed, options.run.workers
         )
-        run = FlowTraining(options, accelerator, flow, batches, val, teachers)
+        run = FlowTraining(options, accelerator, flow, batches, val, teachers, identity)
         run.run()
         if skipped := count_skipped(sets):
             run.log.note("skipped", skipped)

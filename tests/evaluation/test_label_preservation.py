@@ -97,6 +97,13 @@ def test_preview_with_per_axis_weights_shows_draws_for_every_image(flow, pca, ba
     assert each.sampler.policy.max_p == 0.1
 
 
+def test_partners_of_a_fixed_plan_stay_in_their_class(transform, batch, monkeypatch):
+    monkeypatch.setattr("torch.rand", lambda count, generator: torch.ones(count))  # as if rounded up
+    targets, pca = batch[1], transform.pca
+    plan = fixed_plan(transform, targets, 0.5)
+    assert torch.equal(plan.partner, pca.offsets[targets + 1] - 1)
+
+
 def test_distance_is_zero_at_weight_zero_and_increases_with_the_weight(transform, batch):
     rows = label_preservation(transform, oracle(), *batch, WEIGHTS)["weights"]
     assert (rows[0]["changed"], rows[0]["rms_distance"], rows[0]["accuracy"]) == (0, 0, 1)

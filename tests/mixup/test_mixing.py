@@ -35,6 +35,13 @@ def test_mixing_matches_a_reference_for_each_sample(latents, source, per_axis, r
     assert (mixed - z).abs().max() > 0.1
 
 
+def test_gaussian_partners_need_noise(latents):
+    pca, index = ClasswisePCA.fit(latents, rank=4), torch.arange(3)
+    plan = MixPlan(index, torch.ones(3, 4), torch.zeros_like(index), source="gaussian")
+    with pytest.raises(ValueError, match="no noise; pass standard normal draws"):
+        mix_latents(torch.zeros(3, 10), index, pca, plan)
+
+
 @pytest.mark.parametrize("source", ["bank", "batch", "gaussian"])
 def test_first_draw_does_not_depend_on_the_number_of_redraws(latents, source):
     pca, y = ClasswisePCA.fit(latents, rank=4), torch.arange(3).repeat(5)

@@ -21,9 +21,8 @@ from flowaug.evaluation.oracle import load_teacher
 from flowaug.flows.checkpoint import CONFIG, WEIGHTS, find_flow
 from flowaug.training import finetune, flow_source, train_flow
 from flowaug.training import resume as state
-from flowaug.training.flow_setup import fit_schedule
 from flowaug.training.options import FlowTrainingOptions
-from tests.conftest import finetune_options, flow_options
+from tests.conftest import finetune_options
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_FLOW = [
@@ -82,7 +81,7 @@ def trained(photos, tmp_path_factory):
 
 def test_train_flow_writes_a_whole_folder(trained):
     names = {"config.json", "model.safetensors", "pca.safetensors", "metrics.json", "samples.png", "augmented.png"}
-    names |= {"README.md", "metrics.jsonl", "curves.png", "moments.safetensors"}
+    names |= {"README.md", "metrics.jsonl", "curves.png", "moments.safetensors", "run.json"}
     assert names == {p.name for p in trained.iterdir()}
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["class_gaussians"]["converged"]
@@ -372,15 +371,6 @@ def test_truncated_weights_end_in_one_sentence(photos, trained, tmp_path):
     (flow / WEIGHTS).write_bytes((flow / WEIGHTS).read_bytes()[:-1])
     with pytest.raises(SystemExit, match="truncated, damaged or from another save"):
         finetune.main(["--data-dir", str(photos), "--flow-aug", str(flow), *QUICK, "--output", str(tmp_path / "out")])
-
-
-def test_another_runs_state_is_refused(photos, tmp_path, trained):
-    options = ["--data-dir", str(photos), "--model", "mef_tiny", "--image-size", "8", *QUICK_FLOW]
-    chosen = fit_schedule(flow_options(*options, "--output", str(tmp_path)), images=24, num_processes=1)
-    wrong = chosen.training_options() | {"lr": 9.0}
-    state.save_state(tmp_path / "state.safetensors", {"recipe": wrong})
-    with pytest.raises(SystemExit, match=r"other options \(lr\)"):
-        train_flow.main([*options, "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("script", ["train_flow.py", "finetune.py"])

@@ -6,12 +6,12 @@ import hashlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset
+import webdataset.filters
 from PIL import Image
 from torch import Tensor
 
@@ -106,7 +106,7 @@ class StreamDataset:
         worker_shards = itertools.repeat(shards[worker_index::num_workers], repeats)
         all_shards = (rng.sample(shards, len(shards)) for _ in itertools.count())
         for paths in itertools.chain(worker_shards, all_shards):
-            shuffle = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=rng)
+            shuffle = webdataset.filters.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER // 4, rng=rng)
             yield from self._decode(shuffle(read_shards(paths, skipped)), skipped)
 
     def examples(self, limit: int = 10) -> list[tuple[Image.Image, int]]:
@@ -147,7 +147,7 @@ class StreamDataset:
         """Return (H, W) of the first good image, and raise if there is none: ``endless`` would search forever."""
         skipped: dict[str, str] = {}
         for image, _ in self.decoded(self.shards.paths, skipped):
-            return image.size[::-1]
+            return image.height, image.width
         raise ValueError(
             f"no sample of {_describe_shards(self.shards)} can be used; first error: {_first_fault(skipped)}"
         )
@@ -182,7 +182,7 @@ class StreamDataset:
 def open_stream(
     source: Path,
     split: str,
-    class_map: Path | None = None,
+    class_map: str | Path | None = None,
     num_classes: int | None = None,
     train_samples: int | None = None,
 ) -> StreamDataset:
@@ -219,7 +219,7 @@ def open_stream(
     )
 
 
-def count_skipped(sets: dict[str, object], gather: Callable[[list], list] = list) -> dict:
+def count_skipped(sets: Mapping[str, object], gather: Callable[[list], list] = list) -> dict:
     """Count what all processes skipped in each data set that is a stream.
 
     Args:
@@ -243,7 +243,7 @@ def _count_skipped(data: StreamDataset, gather: Callable[[list], list]) -> dict:
 
 
 def _resolve_classes(
-    shards: ShardSet, class_map: Path | None, num_classes: int | None, declared: int | None
+    shards: ShardSet, class_map: str | Path | None, num_classes: int | None, declared: int | None
 ) -> tuple[ClassMap, SampleCounts]:
     """Return the classes and the sample counts of the training shards, which are only counted if necessary."""
     classes = None

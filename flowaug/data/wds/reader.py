@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, cast
 
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
@@ -129,7 +130,7 @@ def read_shard(path: Path, pixels: bool = True) -> Iterator[Sample]:
             files = {}
             for _, suffix, header in group:
                 if suffix in LABEL_KEYS or (suffix in IMAGE_KEYS and pixels):
-                    files[suffix] = tar.extractfile(header).read()
+                    files[suffix] = cast(IO[bytes], tar.extractfile(header)).read()
                 elif suffix in IMAGE_KEYS:
                     files[suffix] = b""
             yield Sample(path, key, files)
@@ -175,9 +176,9 @@ def sizes(shards: ShardSet) -> list[tuple[str, int]]:
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """Yield the key, suffix and header of each file, and raise ``tarfile.ReadError`` if the archive is truncated."""
     while (member := tar.next()) is not None:
-        tar.members.clear()  # tarfile would keep the headers of the whole shard in memory
+        cast(Any, tar).members.clear()  # tarfile would keep the headers of the whole shard in memory
         key, suffix = base_plus_ext(member.name)
-        if member.isfile() and key is not None:
+        if member.isfile() and key is not None and suffix is not None:
             yield key, suffix.lower(), member
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(BLOCK) != bytes(BLOCK):  # tarfile stops without an error at a bad header

@@ -40,14 +40,14 @@ def build_glow(
 
 def glow_tiny(event_shape: Shape, **overrides) -> Bijection:
     """Build a Glow for small greyscale images: 4 steps per level, 64 hidden channels."""
-    return build_glow(event_shape, **({"steps": 4, "hidden": 64} | overrides))
+    return partial(build_glow, steps=4, hidden=64)(event_shape, **overrides)
 
 
 def glow_small(event_shape: Shape, **overrides) -> Bijection:
     """Build a Glow of about the size of ``mef_small``: 12 steps per level, 160 hidden channels."""
-    return build_glow(event_shape, **({"steps": 12, "hidden": 160} | overrides))
+    return partial(build_glow, steps=12, hidden=160)(event_shape, **overrides)
 
 
 def glow_base(event_shape: Shape, **overrides) -> Bijection:
     """Build the Glow of the paper for CIFAR-10: L=3, K=32, 512 hidden channels, 44 M parameters at 32×32×3."""
-    return build_glow(event_shape, **({"steps": 32, "hidden": 512} | overrides))
+    return partial(build_glow, steps=32, hidden=512)(event_shape, **overrides)

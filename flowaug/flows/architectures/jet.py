@@ -93,12 +93,12 @@ def _spatial_order(grid: tuple[int, int], pattern: str, inverted: bool) -> Tenso
 
 def jet_tiny(event_shape: Shape, **overrides) -> Bijection:
     """Build a Jet for small images: 10 couplings of depth 1, width 64."""
-    return build_jet(event_shape, **({"couplings": 10, "depth": 1, "width": 64, "heads": 2} | overrides))
+    return partial(build_jet, couplings=10, depth=1, width=64, heads=2)(event_shape, **overrides)
 
 
 def jet_small(event_shape: Shape, **overrides) -> Bijection:
     """Build a Jet of about the size of ``mef_small``: 20 couplings of depth 1, width 112."""
-    return build_jet(event_shape, **({"couplings": 20, "depth": 1, "width": 112, "heads": 2} | overrides))
+    return partial(build_jet, couplings=20, depth=1, width=112, heads=2)(event_shape, **overrides)
 
 
 def jet_base(event_shape: Shape, **overrides) -> Bijection:
@@ -106,4 +106,4 @@ def jet_base(event_shape: Shape, **overrides) -> Bijection:
 
     With 30 couplings every spatial pattern is used once.
     """
-    return build_jet(event_shape, **({"couplings": 30, "depth": 2, "width": 240, "heads": 4} | overrides))
+    return partial(build_jet, couplings=30, depth=2, width=240, heads=4)(event_shape, **overrides)

@@ -55,14 +55,14 @@ def build_mef(
 
 def mef_tiny(event_shape: Shape, **overrides) -> Bijection:
     """Build an MEF for small greyscale images: 4 steps per level, one residual block of 32 channels."""
-    return build_mef(event_shape, **({"steps": 4, "blocks": (1,), "hidden": 32} | overrides))
+    return partial(build_mef, steps=4, blocks=(1,), hidden=32)(event_shape, **overrides)
 
 
 def mef_small(event_shape: Shape, **overrides) -> Bijection:
     """Build an MEF of 3.6 M parameters at 32×32×3: 4 steps per level, one or two residual blocks of 64 channels."""
-    return build_mef(event_shape, **({"steps": 4, "blocks": (2, 2, 1), "hidden": 64} | overrides))
+    return partial(build_mef, steps=4, blocks=(2, 2, 1), hidden=64)(event_shape, **overrides)
 
 
 def mef_base(event_shape: Shape, **overrides) -> Bijection:
     """Build the MEF of the paper: 42.8 M parameters at 32×32×3."""
-    return build_mef(event_shape, **({"steps": 8, "blocks": (8, 4, 2), "hidden": 128} | overrides))
+    return partial(build_mef, steps=8, blocks=(8, 4, 2), hidden=128)(event_shape, **overrides)

@@ -78,12 +78,12 @@ def fair_permutations(dim: int, count: int) -> list[Tensor]:
 
 def vector_tiny(event_shape: tuple[int], **overrides) -> Bijection:
     """Build a flow over vectors with 4 couplings of two hidden layers of size 64."""
-    return build_vector(event_shape, **({"couplings": 4, "hidden": 64, "layers": 2} | overrides))
+    return partial(build_vector, couplings=4, hidden=64, layers=2)(event_shape, **overrides)
 
 
 def vector_small(event_shape: tuple[int], **overrides) -> Bijection:
     """Build a flow over vectors with 8 couplings of two hidden layers of size 256."""
-    return build_vector(event_shape, **({"couplings": 8, "hidden": 256, "layers": 2} | overrides))
+    return partial(build_vector, couplings=8, hidden=256, layers=2)(event_shape, **overrides)
 
 
 def vector_base(event_shape: tuple[int], **overrides) -> Bijection:
@@ -91,4 +91,4 @@ def vector_base(event_shape: tuple[int], **overrides) -> Bijection:
 
     These are the sizes of the GMM-8 experiment of Xiao et al. 2019.
     """
-    return build_vector(event_shape, **({"couplings": 8, "hidden": 512, "layers": 3} | overrides))
+    return partial(build_vector, couplings=8, hidden=512, layers=3)(event_shape, **overrides)

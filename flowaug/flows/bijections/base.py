@@ -4,7 +4,8 @@
 value per example, in nats.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,10 @@ class Chunked(Bijection):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x`` (B, *x) to the same shape, chunk by chunk."""
         outputs = [self.encode_chunk(chunk) for chunk in self.chunks(x)]
-        return outputs[0] if len(outputs) == 1 else tuple(map(torch.cat, zip(*outputs, strict=True)))
+        if len(outputs) == 1:
+            return outputs[0]
+        z, ladj = zip(*outputs, strict=True)
+        return torch.cat(z), torch.cat(ladj)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Map ``z`` (B, *z) back to ``x``, chunk by chunk."""
@@ -116,9 +120,11 @@ class Chain(Bijection):
         bijections: the bijections, in the order of the forward direction.
     """
 
+    bijections: Sequence[Bijection]
+
     def __init__(self, bijections: Iterable[Bijection]):
         super().__init__()
-        self.bijections = nn.ModuleList(bijections)
+        self.bijections = cast(Sequence[Bijection], nn.ModuleList(bijections))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Apply all bijections in order and sum their log-determinants."""
@@ -152,9 +158,11 @@ class MultiScale(Bijection):
         shapes: output shape (C, H, W) of each level, before its split.
     """
 
+    levels: Sequence[Bijection]
+
     def __init__(self, levels: Iterable[Bijection], shapes: Iterable[tuple[int, int, int]]):
         super().__init__()
-        self.levels = nn.ModuleList(levels)
+        self.levels = cast(Sequence[Bijection], nn.ModuleList(levels))
         shapes = list(shapes)
         self.out_shapes = [(c - c // 2, h, w) for c, h, w in shapes[:-1]] + [shapes[-1]]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flowaug.flows.activations import tanh
 from flowaug.flows.bijections.base import ConditionedBijection
 from flowaug.flows.bijections.expm import MAX_LOG, expm_of_pixels, from_pixels, series, taylor_terms, to_pixels
+from flowaug.flows.networks import ImageConditioner
 
 # Maximum number of activations per conditioner layer and chunk on a CPU, 2 MiB in float32. They then fit in its cache.
 CACHE = 2**19
@@ -52,7 +53,28 @@ class BoundedParameters(nn.Module):
         return tanh(raw) * rescale + reshift
 
 
-class AdditiveTransform(nn.Module):
+class CouplingTransform(nn.Module):
+    """Base class of the transformations of a coupling, whose raw parameters are the output of its conditioner.
+
+    Attributes:
+        num_raw: number of raw parameters per pixel.
+    """
+
+    num_raw: int
+
+    def forward(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``y`` (B, C, H, W) and ``ladj`` (B,), given the raw parameters (B, num_raw, H, W)."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor, raw: Tensor) -> Tensor:
+        """Return ``x`` (B, C, H, W)."""
+        raise NotImplementedError
+
+    def shrink_norm_bound(self) -> None:
+        """Prepare for inference, where the parameters no longer change (default: nothing)."""
+
+
+class AdditiveTransform(CouplingTransform):
     """Additive transformation ``y = x + t`` (NICE, Dinh et al. 2015).
 
     Args:
@@ -72,7 +94,7 @@ class AdditiveTransform(nn.Module):
         return y - raw
 
 
-class AffineTransform(nn.Module):
+class AffineTransform(CouplingTransform):
     """Affine transformation ``y = exp(s) x + t`` with ``|s| ≤ MAX_LOG`` (RealNVP, Dinh et al. 2017).
 
     Args:
@@ -96,7 +118,7 @@ class AffineTransform(nn.Module):
         return (y - t) * (-self.log_scale(s)).exp()
 
 
-class MatrixExpTransform(nn.Module):
+class MatrixExpTransform(CouplingTransform):
     """Matrix exponential transformation ``y = exp(S) x + t``, with a full c × c matrix ``S`` per pixel.
 
     ``ladj`` is the sum of the traces of ``S`` (Xiao & Liu, "Generative Flows with Matrix Exponential", 2020,
@@ -136,7 +158,7 @@ class MatrixExpTransform(nn.Module):
         return expm_of_pixels(-s, y - t, self.norm)
 
 
-class LowRankExpTransform(nn.Module):
+class LowRankExpTransform(CouplingTransform):
     """Matrix exponential transformation with a matrix ``S = U V`` of rank 3 per pixel, for many channels.
 
     With ``φ(A) = (exp(A) − 1) / A`` it is ``exp(S) x = x + U φ(VU) V x``. ``ladj`` is the sum of the traces of ``VU``.
@@ -191,16 +213,12 @@ class LowRankExpTransform(nn.Module):
 TRANSFORMS = {"additive": AdditiveTransform, "affine": AffineTransform, "matrix_exp": MatrixExpTransform}
 
 
-def make_transform(kind: str, channels: int) -> nn.Module:
+def make_transform(kind: str, channels: int) -> CouplingTransform:
     """Build the transformation of a coupling.
 
     Args:
         kind: "additive", "affine" or "matrix_exp". Above 24 channels "matrix_exp" uses matrices of rank 3.
         channels: number of transformed channels.
-
-    Returns:
-        A module with ``forward(x, raw) -> (y, ladj)``, ``inverse(y, raw) -> x`` and the number of raw parameters per
-        pixel, ``num_raw``.
 
     Raises:
         ValueError: for an unknown ``kind``.
@@ -227,7 +245,9 @@ class Coupling(ConditionedBijection):
         cache: maximum number of activations per conditioner layer and chunk on a CPU.
     """
 
-    def __init__(self, channels: int, kind: str, make_conditioner: Callable[[int, int], nn.Module]):
+    conditioner: ImageConditioner
+
+    def __init__(self, channels: int, kind: str, make_conditioner: Callable[[int, int], ImageConditioner]):
         super().__init__()
         self.cache = CACHE
         self.transform = make_transform(kind, channels // 2)
@@ -267,4 +287,5 @@ class Coupling(ConditionedBijection):
 
 
 def _split_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.split([x.shape[1] - x.shape[1] // 2, x.shape[1] // 2], dim=1)
+    x1, x2 = x.split([x.shape[1] - x.shape[1] // 2, x.shape[1] // 2], dim=1)
+    return x1, x2

@@ -160,14 +160,15 @@ class Glem:
         forces = repulsion(mean, variance, pairs, self.learn)
 
         gradient = {}
-        if "mean" in self.learn:
+        if forces.push is not None:
             parts = (mean - data.mean) / variance, -forces.push / variance
             gradient["mean"] = self._combine(*parts, weight)
-        if "variance" in self.learn:
+        if forces.shrink is not None and forces.grow is not None:
             scatter = (data.mean - mean).square() + data.variance
             slope = 0.5 * self._psi_derivative(variance)
             parts = variance - scatter, forces.shrink - forces.grow
-            gradient["raw"] = self._combine(*(part * slope / variance.square() for part in parts), weight)
+            likelihood, divergence = (part * slope / variance.square() for part in parts)
+            gradient["raw"] = self._combine(likelihood, divergence, weight)
         return gradient
 
     def _combine(self, likelihood: Tensor, divergence: Tensor, weight: float) -> Tensor:

@@ -93,8 +93,9 @@ class Problem:
 
     def value(self, x: Tensor) -> GaussianParameters:
         """Return the means and variances of a state. The means are a view of it."""
-        variance = x[-1].exp().clamp_(*self.bounds) if "variance" in self.learn else self.fixed
-        return GaussianParameters(x[0] if "mean" in self.learn else self.fixed, variance)
+        fixed = self.fixed
+        variance = x[-1].exp().clamp_(*self.bounds) if fixed is None or "variance" in self.learn else fixed
+        return GaussianParameters(x[0] if fixed is None or "mean" in self.learn else fixed, variance)
 
     def evaluate(self, x: Tensor) -> Iterate:
         """Compute objective terms, gradient, step and residual of a state."""
@@ -119,8 +120,10 @@ class Problem:
         for block in column_blocks(*value, *self.data, x, gradient, step):
             self._fill_block(block, weights, norms, class_sums)
         if self.isotropic and "variance" in self.learn:
-            means = (total.div_(x.shape[2]).expand_as(x[0]) for total in class_sums)
-            norms["variance"] += self._fill_variance(value.variance, *means, weights, x[-1], gradient[-1], step[-1])
+            scatter, shrink, grow = (total.div_(x.shape[2]).expand_as(x[0]) for total in class_sums)
+            norms["variance"] += self._fill_variance(
+                value.variance, scatter, shrink, grow, weights, x[-1], gradient[-1], step[-1]
+            )
 
         residuals = [_residual(*squared.sqrt(), size=x[0].numel()) for squared in norms.values()]
         return Iterate(terms, gradient, step, float(torch.stack(residuals).max()))  # unlike Python's max, keeps NaN
@@ -135,12 +138,12 @@ class Problem:
         mean, variance = (mean - mean.mean(0)).to(self.dtype), variance.to(self.dtype)
         push, shrink, grow = repulsion(mean, variance, weights, self.learn)
 
-        if "mean" in self.learn:
+        if push is not None:
             norms["mean"] += _fill_mean(pull, variance, push, gradient[0], step[0])
             if self.exact and grow is not None:
                 # with the repulsion, the curvature is (1 - grow / variance) times that of the data term
                 step[0].div_((1 - grow / variance).clamp_(min=_MIN_CURVATURE))
-        if "variance" in self.learn:
+        if shrink is not None and grow is not None:
             sides = scatter, shrink.add_(variance), grow.add_(scatter)  # the last two: Σ A⁺ Σ and B⁺
             if self.isotropic:
                 class_sums += torch.stack(sides).sum(2, keepdim=True)

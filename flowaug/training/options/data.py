@@ -84,6 +84,7 @@ class RunOptions(Options):
     resume: Literal["auto", "never"] = option(
         "auto", "auto: continue an interrupted run found in --output; never: start from the beginning"
     )
+    overwrite: bool = option(False, "train again into an output folder that holds a finished run")
     save_every: int = option(1000, "steps between training states, from which an interrupted run resumes", at_least=1)
     log_with: str | None = option(None, "experiment tracker of Accelerate: tensorboard, wandb, trackio, ...")
     dry_run: bool = option(False, "print the plan of the run with its memory and time, and stop")

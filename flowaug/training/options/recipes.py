@@ -114,8 +114,9 @@ def _layers(part: str, path: Path, quick: bool, given: Mapping[str, Any]) -> lis
     if part not in recipe:
         other = next((recipe[name].get("dataset") for name in PARTS if name in recipe), None)
         dataset = given.get("dataset") or (None if given.get("data_dir") else other)
-        recipe[part] = load_recipe(_recipe_of_data(dataset, "default")).get(part, {})
-    return [recipe[part], recipe.get("quick", {}).get(part, {})] if quick else [recipe[part]]
+        recipe = load_recipe(_recipe_of_data(dataset, "default"))
+    layers = [recipe.get(part, {})]
+    return [*layers, recipe.get("quick", {}).get(part, {})] if quick else layers
 
 
 def _merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
