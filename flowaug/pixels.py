@@ -56,6 +56,13 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
+def enlarge(change: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize the change of images (B, C, h, w) to ``size`` (H, W) by bicubic interpolation."""
+    if tuple(change.shape[2:]) == tuple(size):
+        return change
+    return F.interpolate(change, tuple(size), mode="bicubic", align_corners=False)
+
+
 def dequantise(x: Tensor, levels: int = 256, generator: torch.Generator | None = None) -> Tensor:
     """Add uniform noise within the cell of each pixel.
 

@@ -105,6 +105,10 @@ class ClasswisePCA(nn.Module):
             )
         return cls(*(tensors[name] for name in _STORED))
 
+    def view(self) -> ClasswisePCA:
+        """Return a copy that shares the tensors; moving one of the two to a device leaves the other."""
+        return ClasswisePCA(*(getattr(self, name) for name in _STORED))
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save: axes, variance, mean, coords and offsets, each contiguous."""
         return {name: getattr(self, name).contiguous() for name in _STORED}

@@ -1,6 +1,7 @@
 """Input checks of flow mixup. Each error says what was found, what is expected and what to do."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -51,18 +52,66 @@ def check_pair(flow: Flow, pca: ClasswisePCA) -> None:
         )
 
 
-def check_batch(x: Tensor, y: Tensor, device: torch.device) -> None:
+def channel_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of a normalisation as tensors (C, 1, 1); 0 and 1 if not given.
+
+    Args:
+        mean: one number per channel: a sequence, an array or a tensor.
+        std: likewise, positive.
+
+    Raises:
+        ValueError: if only one is given, or a number is out of range.
+    """
+    if (mean is None) != (std is None):
+        raise ValueError("pass both mean and std of the classifier's normalisation, or neither for images in [0, 1]")
+    shift = torch.as_tensor([0.0] if mean is None else mean, dtype=torch.float32)
+    scale = torch.as_tensor([1.0] if std is None else std, dtype=torch.float32)
+    finite = bool(shift.isfinite().all() and scale.isfinite().all())
+    if shift.ndim != 1 or shift.shape != scale.shape or not finite or not (scale > 0).all():
+        raise ValueError(
+            f"mean is {shift.tolist()} and std is {scale.tolist()}; expected one finite number per channel each, std "
+            "positive"
+        )
+    return shift[:, None, None], scale[:, None, None]
+
+
+def check_numbers(batch_size: int, redraws: int, seed: int, process_index: int, max_outside: float) -> None:
+    """Check the numbers that a transform is created with.
+
+    Raises:
+        ValueError: if one is of another type or out of range.
+    """
+    least = {
+        "batch_size": (batch_size, 1),
+        "redraws": (redraws, 0),
+        "seed": (seed, 0),
+        "process_index": (process_index, 0),
+    }
+    for name, (value, lower) in least.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < lower:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {lower}")
+    if not isinstance(max_outside, Real) or not 0 <= max_outside <= 1:
+        raise ValueError(f"max_outside is {max_outside!r}; expected a fraction of the pixels from 0 to 1")
+
+
+def check_batch(x: Tensor, y: Tensor, device: torch.device, constants: int) -> None:
     """Check shapes, types and devices of a batch.
 
     Args:
         x: images; expected shape (B, C, H, W), floating point or uint8.
         y: labels; expected integers (B,).
         device: device of the flow.
+        constants: number of channels of the normalisation; 1 serves any number.
 
     Raises:
         ValueError: if a shape, the type of the labels or a device does not match.
-        TypeError: if the images are neither floating point nor uint8.
+        TypeError: if a value is not a tensor, or the images are neither floating point nor uint8.
     """
+    for name, value in (("images", x), ("labels", y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the {name} are {type(value).__name__}, expected a tensor; convert them with torch.as_tensor"
+            )
     if x.ndim != 4:
         raise ValueError(
             f"expected images (B, C, H, W), got shape {tuple(x.shape)}; add the batch dimension with x[None]"
@@ -70,6 +119,10 @@ def check_batch(x: Tensor, y: Tensor, device: torch.device) -> None:
     if not (x.is_floating_point() or x.dtype == torch.uint8):
         raise TypeError(f"expected floating-point or uint8 images, got {x.dtype}")
 
+    if constants not in (1, x.shape[1]):
+        raise ValueError(
+            f"mean and std have {constants} channels but the images have {x.shape[1]}; pass one number per channel"
+        )
     if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(
             f"expected integer labels (B,), got {y.dtype} of shape {tuple(y.shape)}; flow mixup needs hard labels, so "

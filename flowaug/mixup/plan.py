@@ -4,11 +4,13 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from flowaug.latents.pca import ClasswisePCA
 
@@ -79,11 +81,11 @@ class MixPolicy:
 
         self.alphas = sorted({float(row["alpha"]) for row in rows})
         self.max_p = max(row["p"] for row in rows)
-        self.max_rank = max(row["rank"] for row in rows)
+        self.max_rank = max(int(row["rank"]) for row in rows)
 
         self.p = torch.tensor([float(row["p"]) for row in rows])
         self.alpha_index = torch.tensor([self.alphas.index(row["alpha"]) for row in rows])
-        self.rank = torch.tensor([row["rank"] for row in rows])
+        self.rank = torch.tensor([int(row["rank"]) for row in rows])
 
     def to(self, device: torch.device | str) -> "MixPolicy":
         """Move the tensors to a device, in place."""
@@ -113,11 +115,14 @@ class MixPolicy:
     @staticmethod
     def _check_values(row: Mapping[str, float], max_rank: int) -> None:
         p, alpha, rank = row["p"], row["alpha"], row["rank"]
+        for name, value in row.items():
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; expected a number")
         if not 0 <= p <= 1:
             raise ValueError(f"p is {p}; expected a probability from 0 to 1")
         if not 0 < alpha < float("inf"):
             raise ValueError(f"alpha is {alpha}; expected a positive number, the parameter of Beta(alpha, alpha)")
-        if not isinstance(rank, int) or not 1 <= rank <= max_rank:
+        if not isinstance(rank, Integral) or not 1 <= rank <= max_rank:
             raise ValueError(
                 f"rank is {rank}; expected an integer from 1 to {max_rank}, the number of principal components fitted"
             )
@@ -163,10 +168,20 @@ class PlanSampler:
 
     def reseed(self, *numbers: int) -> None:
         """Reset the generator, for example to ``(seed, process_index, step)``."""
+        self.numbers, self.worker_seed = numbers, _worker_seed()
         self.rng = np.random.default_rng(numbers)
+
+    def _follow_worker(self) -> None:
+        """Reset the generator in a new worker of a data loader, which starts with a copy of the main process's.
+
+        The seed of a worker differs between workers and epochs and follows from the loader's generator.
+        """
+        if (seed := _worker_seed()) not in (None, self.worker_seed):
+            self.worker_seed, self.rng = seed, np.random.default_rng((*self.numbers, seed))
 
     def __call__(self, y: Tensor) -> MixPlan:
         """Draw the plan of a batch with labels ``y`` (B,). Labels outside 0 … K − 1 get weight 0."""
+        self._follow_worker()
         known = (y >= 0) & (y < self.pca.num_classes)
         u = torch.from_numpy(self.rng.random(len(y), dtype=np.float32))
 
@@ -220,17 +235,26 @@ class PlanSampler:
         return torch.from_numpy(draws).to(y.device)
 
 
+def _worker_seed() -> int | None:
+    """Return the seed of the data loader's worker that this process is, or None."""
+    worker = get_worker_info()
+    return None if worker is None else worker.seed
+
+
 def read_policy(policy: Mapping | str | Path | None) -> Mapping | None:
     """Return the overrides of a policy, read from a JSON file if ``policy`` is a path.
 
     Raises:
-        ValueError: if the file is not valid JSON.
+        ValueError: if the policy is no mapping, or the file is not valid JSON.
     """
-    if not isinstance(policy, str | Path):
-        return policy
-    try:
-        return json.loads(Path(policy).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"the policy {policy} is not valid JSON ({error}); expected {{class name: {{p: 0.5}}}}"
-        ) from error
+    content = policy
+    if isinstance(policy, str | Path):
+        try:
+            content = json.loads(Path(policy).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"the policy {policy} is not valid JSON ({error}); expected {{class name: {{p: 0.5}}}}"
+            ) from error
+    if content is not None and not isinstance(content, Mapping):
+        raise ValueError(f"the policy {policy!r} is no mapping; expected {{class name: {{p: 0.5}}}}")
+    return content

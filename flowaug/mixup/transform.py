@@ -5,19 +5,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from flowaug.flows.checkpoint import find_flow, load_flow, load_pca, read_config
 from flowaug.flows.flow import Flow
 from flowaug.latents.pca import ClasswisePCA
-from flowaug.mixup.checks import check_batch, check_class_names, check_labels, check_pair, check_range
+from flowaug.mixup.checks import (
+    channel_constants,
+    check_batch,
+    check_class_names,
+    check_labels,
+    check_numbers,
+    check_pair,
+    check_range,
+)
 from flowaug.mixup.mixing import mix_keeping_labels, mix_latents
 from flowaug.mixup.plan import MixPlan, MixPolicy, PlanSampler, read_policy
 from flowaug.mixup.settings import MIXUP_DEFAULTS, has_few_images
-from flowaug.pixels import quantise, resize
+from flowaug.pixels import enlarge, quantise, resize
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in PIL's convert("L")
+MAX_WORKERS = 64  # of a data loader, that are counted apart
 SAFE_RANGE = (-0.5, 1.5)  # decoded pixels beyond this range indicate a failed decode
 
 
@@ -91,6 +100,7 @@ class FlowMixupTransform:
     ):
         if unknown not in ("error", "skip"):
             raise ValueError(f"unknown is {unknown!r}; expected 'error' or 'skip'")
+        check_numbers(batch_size, redraws, seed, process_index, max_outside)
         check_class_names(flow.class_names, class_names)
         check_pair(flow, pca)
         names = flow.class_names or (tuple(class_names) if class_names else None)
@@ -101,12 +111,13 @@ class FlowMixupTransform:
         self.settings = {"p": p, "alpha": alpha, "partner": partner, "rank": rank}
         self.settings |= {"per_axis": per_axis, "rescaled": rescaled, "redraws": redraws}
         self.flow = flow.freeze()
-        self.pca = pca
-        self.sampler = PlanSampler(pca, class_policy, partner, per_axis, rescaled, seed, process_index, redraws)
-        self.mean, self.std = _channel_constants(mean, std)
+        self.pca = pca.view()  # the caller's stays on its device
+        self.sampler = PlanSampler(self.pca, class_policy, partner, per_axis, rescaled, seed, process_index, redraws)
+        self.mean, self.std = channel_constants(mean, std)
         self.luminance, self.unknown = luminance, unknown
         self.max_outside, self.batch_size, self.autocast = max_outside, batch_size, autocast
-        self._counts = torch.zeros(4, dtype=torch.int64)  # as in ``counts``
+        with torch.inference_mode(False):  # or the counts could not be updated in place outside of inference mode
+            self._counts = torch.zeros(1 + MAX_WORKERS, 4, dtype=torch.int64).share_memory_()
         self._first_call = True
         self.to(flow.gaussians.mean.device)
 
@@ -160,18 +171,18 @@ class FlowMixupTransform:
 
     def plan(self, y: Tensor) -> MixPlan:
         """Draw the random choices for a batch with labels ``y`` (B,)."""
-        return self.sampler(y)
+        return self.sampler(y.long())
 
     @torch.no_grad()
     def apply(self, x: Tensor, y: Tensor, plan: MixPlan) -> Tensor:
         """Apply a plan to images ``x`` (B, C, H, W) with labels ``y`` (B,) and return new images."""
         self._check_form(x, y)
         out = x.clone()
-        known = y[plan.index].clamp(0, self.pca.num_classes - 1)
+        known = y[plan.index].long().clamp(0, self.pca.num_classes - 1)
         with contextlib.nullcontext() if self.autocast else torch.autocast(x.device.type, enabled=False):
             if len(plan.index):
                 out[plan.index] = self._augment(x[plan.index], known, plan)
-            self._counts[0] += len(y)
+            self._row[0] += len(y)
         return out
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -223,7 +234,13 @@ class FlowMixupTransform:
         return quantise(resize(pixels, self.flow.image_size))
 
     def _count(self, mixed: Tensor, accepted: Tensor, chosen: Tensor) -> None:
-        self._counts[1:] += torch.stack([(mixed & accepted).sum(), (mixed & ~accepted).sum(), (chosen & ~mixed).sum()])
+        self._row[1:] += torch.stack([(mixed & accepted).sum(), (mixed & ~accepted).sum(), (chosen & ~mixed).sum()])
+
+    @property
+    def _row(self) -> Tensor:
+        """The counts of this process: a data loader's worker has a row of its own, in shared memory."""
+        worker = get_worker_info()
+        return self._counts[0 if worker is None else 1 + worker.id % MAX_WORKERS]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -232,7 +249,7 @@ class FlowMixupTransform:
         ``seen``: all samples. ``augmented``: mixed. ``refused``: rejected (NaN, decoded out of range, label lost): left
         unchanged. ``no_partner``: selected, but without a partner or with an unknown label: left unchanged.
         """
-        return dict(zip(("seen", "augmented", "refused", "no_partner"), self._counts.tolist(), strict=True))
+        return dict(zip(("seen", "augmented", "refused", "no_partner"), self._counts.sum(0).tolist(), strict=True))
 
     def sum_counts(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Sum ``counts`` over all processes with ``reduce``, which sums a tensor over them."""
@@ -240,12 +257,12 @@ class FlowMixupTransform:
 
     def state_dict(self) -> dict:
         """Return the generator state and the counts, as JSON types; see ``Accelerator.register_for_checkpointing``."""
-        return {"rng": self.sampler.rng.bit_generator.state, "counts": self._counts.tolist()}
+        return {"rng": self.sampler.rng.bit_generator.state, "counts": self._counts.sum(0).tolist()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a state returned by ``state_dict``."""
         self.sampler.rng.bit_generator.state = state["rng"]
-        self._counts.copy_(torch.tensor(state["counts"]))
+        self._counts.zero_()[0].copy_(torch.tensor(state["counts"]))
 
     def __repr__(self) -> str:
         """Return a summary with architecture, number of classes and counts."""
@@ -255,7 +272,7 @@ class FlowMixupTransform:
         return f"FlowMixupTransform({name} {self.flow.event_shape}, {sizes}, {counts})"
 
     def _check_form(self, x: Tensor, y: Tensor) -> None:
-        check_batch(x, y, self.pca.axes.device)
+        check_batch(x, y, self.pca.axes.device, len(self.mean))
         channels, expected = x.shape[1], self.flow.event_shape[0]
         if channels == expected or (expected == 1 and channels == 3 and self.luminance):
             return
@@ -270,25 +287,6 @@ class FlowMixupTransform:
         if self._first_call and len(x):
             check_range(self._to_pixels(x))
         self._first_call = False
-
-
-def enlarge(change: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize the change of images (B, C, h, w) to ``size`` (H, W) by bicubic interpolation."""
-    if tuple(change.shape[2:]) == tuple(size):
-        return change
-    return F.interpolate(change, tuple(size), mode="bicubic", align_corners=False)
-
-
-def _channel_constants(mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation, (C, 1, 1) each; 0 and 1 if not given."""
-    if (mean is None) != (std is None):
-        raise ValueError("pass both mean and std of the classifier's normalisation, or neither for images in [0, 1]")
-    shift, scale = torch.tensor(mean or [0.0]), torch.tensor(std or [1.0])
-    if shift.ndim != 1 or shift.shape != scale.shape or not (scale > 0).all():
-        raise ValueError(
-            f"mean is {shift.tolist()} and std is {scale.tolist()}; expected one number per channel each, std positive"
-        )
-    return shift[:, None, None].float(), scale[:, None, None].float()
 
 
 def _fraction_outside(x: Tensor) -> Tensor:

@@ -268,3 +268,116 @@ def test_bad_options(flow, pca, options, message):
 def test_principal_components_of_another_flow(flow):
     with pytest.raises(ValueError, match="load both from the same folder"):
         FlowMixupTransform(flow, make_pca(make_flow((1, 8, 8))))
+
+
+class Constant(torch.utils.data.Dataset):
+    """Equal images of one class: what differs between batches is the random choices alone."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), 0.5), 1
+
+
+def batches_of_workers(transform, seed, epochs=2, persistent=False):
+    """Batches that a data loader's two workers augment, epoch by epoch."""
+    loader = torch.utils.data.DataLoader(
+        Constant(),
+        batch_size=8,
+        num_workers=2,
+        collate_fn=lambda samples: transform(*torch.utils.data.default_collate(samples))[0],
+        generator=torch.Generator().manual_seed(seed),
+        persistent_workers=persistent,
+    )
+    return [batch.numpy().tobytes() for _ in range(epochs) for batch in loader]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_a_data_loader_draw_differently_in_each_worker_and_epoch(flow, pca, persistent):
+    transform = FlowMixupTransform(flow, pca, p=1.0, max_outside=1.0)
+    first = batches_of_workers(transform, seed=3, persistent=persistent)
+    assert len(set(first)) == 8
+    counts = transform.counts
+    assert counts["seen"] == 64
+    assert counts["augmented"] + counts["refused"] == 64
+    assert batches_of_workers(FlowMixupTransform(flow, pca, p=1.0, max_outside=1.0), 3, persistent=persistent) == first
+    assert not set(batches_of_workers(FlowMixupTransform(flow, pca, p=1.0, max_outside=1.0), seed=4)) & set(first)
+
+
+def test_reseeding_in_a_worker_goes_before_the_workers_seed(flow, pca):
+    transform = FlowMixupTransform(flow, pca, p=1.0, max_outside=1.0)
+
+    def collate(samples):
+        transform.reseed(5)
+        return transform(*torch.utils.data.default_collate(samples))[0]
+
+    loader = torch.utils.data.DataLoader(Constant(), batch_size=8, num_workers=2, collate_fn=collate)
+    assert len({batch.numpy().tobytes() for batch in loader}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_type(flow, pca, dtype):
+    transform, y = FlowMixupTransform(flow, pca, p=1.0, seed=1), torch.tensor([0, 1, 2, 1])
+    same = FlowMixupTransform(flow, pca, p=1.0, seed=1)
+    x = torch.rand(4, 3, 8, 8)
+    out, labels = transform(x, y.to(dtype))
+    assert labels.dtype == dtype
+    assert torch.equal(out, same(x, y)[0])
+
+
+def test_two_transforms_of_one_pca_live_on_their_own_devices(flow, pca):
+    first, second = FlowMixupTransform(flow, pca), FlowMixupTransform(flow, pca)
+    first.to("meta")
+    second(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    assert pca.axes.device.type == "cpu"
+
+
+def test_a_transform_made_in_inference_mode_works_outside_of_it(flow, pca):
+    with torch.inference_mode():
+        transform = FlowMixupTransform(flow, pca, p=1.0)
+    transform(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+    assert transform.counts["seen"] == 2
+
+
+def test_constants_may_be_tensors_and_arrays(flow, pca):
+    for kind in (tuple, np.array, torch.tensor):
+        transform = FlowMixupTransform(flow, pca, mean=kind([0.5, 0.4, 0.3]), std=kind([0.2, 0.2, 0.2]))
+        assert transform.mean.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; expected an integer of at least 1"),
+        ({"batch_size": 2.5}, "batch_size is 2.5"),
+        ({"redraws": 1.5}, "redraws is 1.5"),
+        ({"seed": -1}, "seed is -1; expected an integer of at least 0"),
+        ({"seed": None}, "seed is None"),
+        ({"process_index": -1}, "process_index is -1"),
+        ({"max_outside": float("nan")}, "max_outside is nan; expected a fraction"),
+        ({"max_outside": -1}, "max_outside is -1"),
+        ({"p": "half"}, "p is 'half'; expected a number"),
+        ({"mean": [0.5], "std": [float("inf")]}, "one finite number per channel"),
+        ({"mean": [0.5], "std": np.array([0.0])}, "std positive"),
+        ({"policy": [1]}, r"the policy \[1\] is no mapping"),
+        ({"policy": {"ant": {"p": None}}}, "p is None; expected a number"),
+    ],
+)
+def test_bad_numbers_are_refused_when_a_transform_is_created(flow, pca, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        FlowMixupTransform(flow, pca, **keywords)
+
+
+def test_arrays_lists_and_constants_of_other_channels_get_a_clear_error(flow, pca):
+    transform = FlowMixupTransform(flow, pca)
+    with pytest.raises(TypeError, match="the images are ndarray, expected a tensor"):
+        transform(np.zeros((2, 3, 8, 8), np.float32), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="the labels are list, expected a tensor"):
+        transform(torch.rand(2, 3, 8, 8), [0, 1])
+    with pytest.raises(ValueError, match="mean and std have 2 channels but the images have 3"):
+        FlowMixupTransform(flow, pca, mean=[0.5, 0.5], std=[1, 1])(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+
+
+def test_the_rank_may_be_a_number_of_numpy(flow, pca):
+    assert FlowMixupTransform(flow, pca, rank=np.int64(2)).plan(torch.tensor([0])).weight.shape[1] == 2
