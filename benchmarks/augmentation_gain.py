@@ -166,9 +166,9 @@ def hours(cell: Cell, setup: Setup) -> float:
     options = options_of(cell, setup)
     train_set, eval_set = load_sets(setup.dataset, cell.size, cell.seed, None)
     num_classes, channels = len(train_set.class_names), train_set.channels
-    model, spec = create_classifier(options.classifier, num_classes, channels, load_weights=False)
+    model, config = create_classifier(options.classifier, num_classes, channels, load_weights=False)
     images = 3 * options.training.steps * options.training.batch_size + len(eval_set)
-    return images * cost_per_image(model, (torch.rand(2, *spec.size),)).flops / SPEED / 3600
+    return images * cost_per_image(model, (torch.rand(2, *config.input_size),)).flops / SPEED / 3600
 
 
 def plan(wanted: list[Cell], setup: Setup) -> str:

@@ -20,6 +20,7 @@ from rivals import create_augmentation
 from flowaug import FlowMixupTransform
 from flowaug.cli.arguments import random_subset
 from flowaug.data import ImageDataset, load_dataset
+from flowaug.data.transforms import DataConfig
 from flowaug.files import write_atomic, write_json
 from flowaug.flows.checkpoint import CONFIG
 from flowaug.training.options import FinetuneOptions, FlowAugOptions
@@ -210,9 +211,9 @@ def train_on_copies(
     flow_aug = FlowAugOptions(flow_aug_copies=epochs, flow_aug_or_aa=or_aa)
     options = dataclasses.replace(options, flow_aug=flow_aug)
 
-    side = options.classifier.img_size
-    input_size = (train_set.channels, side, side)
-    copies = create_copies(train_set, transform, flow_aug, options.transforms, input_size, training.seed)
+    side, channels = options.classifier.img_size, train_set.channels
+    config = DataConfig((channels, side, side), (0.5,) * channels, (0.5,) * channels)
+    copies = create_copies(train_set, transform, flow_aug, options.transforms, config, training.seed)
     if unchanged:
         copies.mixed = copies.small.repeat(epochs, 1, 1, 1)
     seconds = time.perf_counter() - began

@@ -1,5 +1,6 @@
 """The training loop that all arms of ``augmentation_gain.py`` share."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,16 +82,17 @@ def build(
     train_set, eval_set = sets
     num_classes, channels, seed = len(train_set.class_names), train_set.channels, options.training.seed
     with seeded(seed):
-        model, spec = create_classifier(options.classifier, num_classes, channels)
+        model, config = create_classifier(options.classifier, num_classes, channels)
     model = model.to(memory_format=memory_format(options.classifier.channels_last))
 
-    preprocess = Preprocess(spec.size, spec.mean, spec.std)
+    preprocess = Preprocess(config.input_size, config.mean, config.std)
     pipeline = create_pipeline(preprocess, options.transforms, num_classes, CPU, transform)
 
-    size, batch_size = loaded_size(spec.size, train_set), min(options.training.batch_size, len(train_set))
+    size, batch_size = loaded_size(config, train_set), min(options.training.batch_size, len(train_set))
+    whole = dataclasses.replace(config, input_size=(channels, *size), crop_pct=1.0, crop_mode="center")
     augment = train_transform(size, channels, options.transforms)
     train_loader = create_loader(train_set, augment, batch_size, True, seed, drop_last=True)
-    eval_loader = create_loader(eval_set, eval_transform(size), EVAL_BATCH_SIZE, False, 0)
+    eval_loader = create_loader(eval_set, eval_transform(whole), EVAL_BATCH_SIZE, False, 0)
     return model, pipeline, (train_loader, eval_loader)
 
 

@@ -87,6 +87,11 @@ class ImageDataset(Dataset):
         """Whether the images are an array in memory instead of files."""
         return isinstance(self.images, np.ndarray)
 
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width that all images share; None where files may differ."""
+        return self.image_size if self.in_memory else None
+
     def image(self, index: int) -> Image.Image:
         """Return an image without the transform, in mode "L" (1 channel) or "RGB" (3 channels)."""
         mode = "L" if self.channels == 1 else "RGB"

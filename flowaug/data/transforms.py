@@ -1,17 +1,44 @@
 """Transforms: timm's for single images, random shifts and flips of batches, and a classifier's preprocessing."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, str_to_interp_mode
 from torch import Tensor
 from torchvision.transforms import Compose, v2
 
 from flowaug.pixels import resize
 
 WHOLE = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a classifier expects of its input, as timm's ``resolve_data_config`` returns it.
+
+    Attributes:
+        input_size: (C, H, W).
+        mean: mean per channel.
+        std: standard deviation per channel.
+        interpolation: filter that resizes images, for example "bicubic".
+        crop_pct: fraction of the resized image that the crop of an evaluation keeps, per side.
+        crop_mode: crop of an evaluation: "center", "squash" (resize without keeping the aspect ratio) or "border".
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input."""
+        return self.input_size[1], self.input_size[2]
 
 
 class TransformSettings(Protocol):
@@ -46,42 +73,52 @@ class GreyscaleTransform:
         return self.transform(image.convert("RGB"))[:1]
 
 
-def train_transform(size: int, channels: int, settings: TransformSettings) -> Callable[[Image.Image], Tensor]:
+def train_transform(
+    size: tuple[int, int], channels: int, settings: TransformSettings, interpolation: str = "bicubic"
+) -> Callable[[Image.Image], Tensor]:
     """Create timm's training transform without normalisation and random erasing, which run later, on the device.
 
     Args:
         size: height and width of the result.
         channels: 1 or 3.
         settings: settings of the transform; without ``scale`` and ``ratio`` the whole image is resized.
+        interpolation: filter that resizes images.
 
     Returns:
-        A callable from a PIL image to uint8 (channels, size, size).
+        A callable from a PIL image to uint8 (channels, H, W).
     """
     created = create_transform(
-        (3, size, size),
+        (3, *size),
         is_training=True,
         scale=settings.scale or WHOLE,
         ratio=settings.ratio or WHOLE,
         hflip=settings.hflip,
         auto_augment=settings.aa,
         color_jitter=cast(float, settings.color_jitter),
-        interpolation="bicubic",
+        interpolation=interpolation,
         normalize=False,
     )
     transform = cast(Compose, created)
     if settings.scale is None and settings.ratio is None:
-        transform.transforms[0] = v2.Resize((size, size), v2.InterpolationMode.BICUBIC, antialias=True)
+        transform.transforms[0] = v2.Resize(size, str_to_interp_mode(interpolation), antialias=True)
     return transform if channels == 3 else GreyscaleTransform(transform)
 
 
-def eval_transform(size: int) -> Callable[[Image.Image], Tensor]:
-    """Create a transform that resizes the shorter side to ``size`` and crops the centre.
+def eval_transform(config: DataConfig) -> Callable[[Image.Image], Tensor]:
+    """Create timm's evaluation transform without normalisation, which runs on the device.
 
     Returns:
-        A callable from a PIL image to uint8 (C, size, size).
+        A callable from a PIL image to uint8 (C, H, W).
     """
-    bicubic = v2.InterpolationMode.BICUBIC
-    return v2.Compose([v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    created = create_transform(
+        config.input_size,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+        normalize=False,
+    )
+    return cast(Compose, created)
 
 
 class Preprocess:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from flowaug.data.images import ImageDataset, to_pixels
 from flowaug.data.wds.dataset import StreamDataset
-from flowaug.mixup.transform import FlowMixupTransform, enlarge
+from flowaug.mixup.transform import FlowMixupTransform
+from flowaug.pixels import enlarge
 
 CHUNK = 256  # images per chunk; each chunk has its own seed, so that it can be computed alone
 
@@ -173,6 +174,11 @@ class AugmentedCopies(ImageDataset):
 
         same = {name: getattr(dataset, name) for name in ("name", "channels", "grey_levels", "transform")}
         super().__init__(range(len(dataset)), dataset.targets, dataset.class_names, **same)
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width that all images share; None where files may differ."""
+        return self.dataset.fixed_size
 
     def visit(self, index: int, number: int):
         """Return the image of a visit and its label, after the transform.

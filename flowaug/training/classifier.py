@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,32 +16,17 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flowaug.data.transforms import Preprocess
+from flowaug.data.transforms import DataConfig, Preprocess
 from flowaug.files import pack, write_atomic, write_json
 from flowaug.flows.checkpoint import CONFIG, WEIGHTS
 from flowaug.training.options import DEFAULT_EPOCHS, ClassifierOptions, ClassifierTrainingOptions, ScheduleOptions
 from flowaug.training.weights import weight_keywords
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """What a classifier expects of its input.
-
-    Attributes:
-        size: (C, H, W).
-        mean: normalisation per channel.
-        std: normalisation per channel.
-    """
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
 def create_classifier(
     options: ClassifierOptions, num_classes: int, channels: int, load_weights: bool = True
-) -> tuple[nn.Module, InputSpec]:
-    """Create a timm model and return it with what it expects of its input.
+) -> tuple[nn.Module, DataConfig]:
+    """Create a timm model and return it with its data configuration.
 
     Args:
         options: which model and which weights.
@@ -59,10 +44,18 @@ def create_classifier(
         keywords = {"pretrained": False}
     model = _create_model(options.model, constructor_options(options, num_classes, channels) | keywords)
     pretrained_cfg(model).pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
-    config = resolve_data_config({"img_size": options.img_size} if options.img_size else {}, model=model)
-    side = config["input_size"][-1]
-    mean, std = (v if channels == 3 else (sum(v) / 3,) for v in (config["mean"], config["std"]))
-    return model, InputSpec((channels, side, side), mean, std)
+    return model, data_config(options, model, channels)
+
+
+def data_config(options: ClassifierOptions, model: nn.Module, channels: int) -> DataConfig:
+    """Return timm's data configuration of a model, changed by the options; statistics of RGB are averaged for grey."""
+    names = ("img_size", "crop_pct", "crop_mode", "interpolation")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    config = resolve_data_config(given, model=model)
+    mean, std = (tuple(v) if channels == 3 else (sum(v) / len(v),) for v in (config["mean"], config["std"]))
+    height, width = config["input_size"][1:]
+    crop = {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")}
+    return DataConfig((channels, height, width), mean, std, **crop)
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
@@ -83,7 +76,7 @@ def constructor_options(options: ClassifierOptions, num_classes: int, channels: 
 
 
 def write_classifier(
-    folder: Path, model: nn.Module, model_args: dict[str, Any], spec: InputSpec, class_names: Sequence[str]
+    folder: Path, model: nn.Module, model_args: dict[str, Any], config: DataConfig, class_names: Sequence[str]
 ) -> None:
     """Write weights and the ``config.json`` that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads.
 
@@ -91,26 +84,19 @@ def write_classifier(
         folder: the output folder.
         model: a trained timm model.
         model_args: arguments of its constructor.
-        spec: what it expects of its input.
+        config: what it expects of its input.
         class_names: names in label order.
     """
     layers = {name: pretrained_cfg(model).get(name) for name in ("first_conv", "classifier")}
-    data = {
-        "input_size": list(spec.size),
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-    }
-    config = {
+    content = {
         "architecture": pretrained_cfg(model)["architecture"],
         "num_classes": len(class_names),
         "num_features": model.num_features,
         "label_names": list(class_names),
         "model_args": model_args,
-        "pretrained_cfg": data | layers | {"num_classes": len(class_names)},
+        "pretrained_cfg": asdict(config) | layers | {"num_classes": len(class_names)},
     }
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, content)
     write_atomic(folder / WEIGHTS, pack(model.state_dict()))
 
 
@@ -185,15 +171,38 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def count_steps(training: ClassifierTrainingOptions, batches: int) -> tuple[int, int]:
-    """Return the optimizer steps of the training and of an epoch, given the batches per epoch of a process."""
-    per_epoch = max(1, batches // training.grad_accum_steps)
-    return training.steps or (training.epochs or DEFAULT_EPOCHS) * per_epoch, per_epoch
+class StepPlan:
+    """The optimizer steps of a training: an epoch is one pass over the batches, whatever the accumulation.
 
+    The last step of an epoch accumulates the batches that remain, as in timm's ``train.py``.
 
-def evaluation_interval(steps: int, per_epoch: int) -> int:
-    """Return the steps between evaluations: whole epochs, at most ten evaluations in all."""
-    return per_epoch * max(1, math.ceil(steps / per_epoch) // 10)
+    Args:
+        training: options with the length of the training.
+        batches: batches per epoch of a process.
+    """
+
+    def __init__(self, training: ClassifierTrainingOptions, batches: int):
+        self.batches, self.accumulation = batches, training.grad_accum_steps
+        self.per_epoch = math.ceil(batches / self.accumulation)
+        self.steps = training.steps or (training.epochs or DEFAULT_EPOCHS) * self.per_epoch
+
+    def batches_before(self, step: int) -> int:
+        """Return the number of batches that the first ``step`` steps use."""
+        epoch, within = divmod(step, self.per_epoch)
+        return epoch * self.batches + within * self.accumulation
+
+    def batches_of(self, step: int) -> int:
+        """Return the number of batches that a step accumulates."""
+        return self.batches_before(step + 1) - self.batches_before(step)
+
+    def passes(self) -> float:
+        """Return the number of passes over the training set."""
+        return self.batches_before(self.steps) / self.batches
+
+    def is_evaluated(self, done: int) -> bool:
+        """Return whether to evaluate after ``done`` steps: after whole epochs, at most ten times, and at the end."""
+        epochs = max(1, math.ceil(self.steps / self.per_epoch) // 10)
+        return done % (epochs * self.per_epoch) == 0 or done == self.steps
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowaug.data.transforms import DataConfig
 from flowaug.flows.flow import Flow
-from flowaug.training.classifier import InputSpec
+from flowaug.training.classifier import StepPlan
 from flowaug.training.options import FinetuneOptions, RunOptions, TrainFlowOptions
 
 GIB = 2**30
@@ -95,9 +96,9 @@ def flow_plan(options: TrainFlowOptions, flow: Flow, dataset, val_images: int, a
 def classifier_plan(
     options: FinetuneOptions,
     model: nn.Module,
-    spec: InputSpec,
+    config: DataConfig,
     sets: tuple,
-    steps: int,
+    plan: StepPlan,
     flow: str,
     accelerator: Accelerator,
 ) -> str:
@@ -106,26 +107,27 @@ def classifier_plan(
     Args:
         options: options.
         model: the classifier.
-        spec: its input.
+        config: its data configuration.
         sets: training and validation set.
-        steps: optimizer steps.
+        plan: optimizer steps.
         flow: what --flow-aug stands for.
         accelerator: where it runs.
     """
     training, schedule = options.training, options.schedule
-    cost = cost_per_image(model, (torch.rand(2, *spec.size),))
+    cost = cost_per_image(model, (torch.rand(2, *config.input_size),))
     per_step = training.batch_size * training.grad_accum_steps
-    images, parameters = steps * per_step * accelerator.num_processes, _count(model)
+    images = plan.batches_before(plan.steps) * training.batch_size * accelerator.num_processes
+    parameters = _count(model)
     memory = (20 if training.model_ema else 16) * parameters
     memory += (0.5 if training.amp else 1.0) * cost.activations * training.batch_size
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[training.amp]
     speed = measured_speed(accelerator.device, dtype) * accelerator.num_processes
     return _lines(
         data=_data_line(sets[0], len(sets[1])),
-        classifier=f"{options.classifier.model}, {_millions(parameters)}, input {tuple(spec.size)}, "
+        classifier=f"{options.classifier.model}, {_millions(parameters)}, input {config.input_size}, "
         f"{cost.flops / 1e9:.2g} GFLOP per image",
         flow=flow,
-        training=_steps_line(steps, per_step, accelerator, images / len(sets[0]))
+        training=_steps_line(plan.steps, per_step, accelerator, plan.passes() * training.epoch_repeats)
         + f"; {training.opt}, lr {schedule.lr:g}, {schedule.sched} schedule",
         memory=f"about {_size(memory)} per process",
         time=_time_line(3 * cost.flops * images, speed, accelerator.device),

@@ -8,6 +8,7 @@ Labels stay hard and the loss stays as it is. Options that are not given come fr
 """
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -22,22 +23,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flowaug.data.loaders import endless_batches
-from flowaug.data.transforms import Preprocess, eval_transform
+from flowaug.data.transforms import DataConfig, Preprocess, eval_transform
 from flowaug.data.wds.dataset import count_skipped
 from flowaug.evaluation.pictures import draw_augmented
 from flowaug.evaluation.real_labels import RealLabels
 from flowaug.files import file_digest
 from flowaug.mixup.transform import FlowMixupTransform
 from flowaug.training.classifier import (
-    InputSpec,
+    StepPlan,
     accuracy,
     constructor_options,
-    count_steps,
     create_classifier,
     create_loss,
     create_optimizer,
     create_schedule,
-    evaluation_interval,
     memory_format,
     write_classifier,
 )
@@ -46,7 +45,14 @@ from flowaug.training.flow_source import describe_flow, digest_of_flow, load_flo
 from flowaug.training.logs import MetricsLog, RunningMean, describe_results
 from flowaug.training.options import FinetuneOptions
 from flowaug.training.options.command_line import parse_options
-from flowaug.training.pipeline import BatchPipeline, create_copies, create_loaders, create_pipeline, seed_step
+from flowaug.training.pipeline import (
+    BatchPipeline,
+    create_copies,
+    create_loaders,
+    create_pipeline,
+    loaded_size,
+    seed_step,
+)
 from flowaug.training.resume import TrainingState, exclusive_folder, is_finished, mark_finished
 from flowaug.training.runtime import (
     StoppedError,
@@ -90,7 +96,8 @@ class Training:
         self.pipeline, self.flow_mixup, self.real, self.loaders = pipeline, flow_mixup, real, loaders
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.format = memory_format(options.classifier.channels_last)
-        self.steps, self.per_epoch = count_steps(training, len(loaders[0]))
+        self.plan = StepPlan(training, len(loaders[0]))
+        self.steps = self.plan.steps
         optimizer = create_optimizer(model, training, options.schedule)
         self.scheduler = create_schedule(optimizer, options.schedule, self.steps)
         self.criterion = create_loss(transforms.mixes, transforms.smoothing)
@@ -114,7 +121,7 @@ class Training:
 
     def run(self) -> None:
         """Take all remaining steps."""
-        stream = endless_batches(self.loaders[0], self.start * self.training.grad_accum_steps)
+        stream = endless_batches(self.loaders[0], self.plan.batches_before(self.start))
         self.model.train()
         hidden = not self.main
         bar = tqdm(total=self.steps, initial=self.start, unit="step", disable=hidden, dynamic_ncols=True)
@@ -127,27 +134,28 @@ class Training:
 
     def take_step(self, step: int, stream: Iterator) -> None:
         """Update the weights once."""
-        epoch = step // self.per_epoch
+        epoch, per_epoch = step // self.plan.per_epoch, self.plan.per_epoch
         on_epochs = self.options.schedule.sched_on_epochs
-        self.scheduler.step(epoch * self.per_epoch if on_epochs else step)
-        self.mean_loss.update(self.backward(self.batches(stream, step, epoch)))
+        self.scheduler.step(epoch * per_epoch if on_epochs else step)
+        parts = self.plan.batches_of(step)
+        self.mean_loss.update(self.backward(self.batches(stream, step, epoch, parts), parts))
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.averaged is not None:
             self.averaged.update(self.accelerator.unwrap_model(self.model), step=step)
 
-    def batches(self, stream: Iterator, step: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, stream: Iterator, step: int, epoch: int, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the augmented batches of one step; the randomness of each depends on its number alone."""
-        for part in range(self.training.grad_accum_steps):
+        for part in range(parts):
             seed_step(self.training.seed, step, part, self.accelerator.process_index, self.pipeline.flow_mixup)
             x, y = next(stream)
             x, y = self.pipeline(x.to(self.device), y.to(self.device), epoch)
             yield x.contiguous(memory_format=self.format), y
 
-    def backward(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    def backward(self, batches: Iterable[tuple[Tensor, Tensor]], parts: int) -> Tensor:
         """Accumulate the gradients of a step, exchanged between processes in its last pass; return the mean loss."""
-        losses, parts = [], self.training.grad_accum_steps
+        losses = []
         for part, (x, y) in enumerate(batches, 1):
             with contextlib.nullcontext() if part == parts else self.accelerator.no_sync(self.model):
                 losses.append(self.criterion(self.model(x), y))
@@ -160,7 +168,7 @@ class Training:
         Raises:
             StoppedError: ``signum`` is not 0; the state is saved.
         """
-        if done % evaluation_interval(self.steps, self.per_epoch) == 0 or done == self.steps:
+        if self.plan.is_evaluated(done):
             judged = self.model if self.averaged is None else self.averaged.module
             preprocess, reduce = self.pipeline.preprocess, sum_over_processes(self.accelerator)
             values = accuracy(judged, self.loaders[1], preprocess, self.device, reduce, self.real)
@@ -170,17 +178,17 @@ class Training:
         if signum:
             raise StoppedError(signum, done)
 
-    def finish(self, dataset, model_args: dict[str, Any], spec) -> dict:
+    def finish(self, dataset, model_args: dict[str, Any], config: DataConfig) -> dict:
         """Write weights, curves, the before/after grid and the summary; return the summary."""
         output, seconds = self.options.run.output, time.time() - self.began
         model = self.options.classifier.model
         if self.main:
             final = self.accelerator.unwrap_model(self.model) if self.averaged is None else self.averaged.module
-            write_classifier(output, final, model_args, spec, dataset.class_names)
+            write_classifier(output, final, model_args, config, dataset.class_names)
             self.log.plot(["train_loss", "top1"], f"{model} on {dataset.name}")
             if self.flow_mixup is not None:
                 self.log.note("flow_aug", self.flow_mixup.counts)
-                draw_before_after(self.flow_mixup, dataset, output / "augmented.png")
+                draw_before_after(self.flow_mixup, dataset, config, output / "augmented.png")
         summary = self.log.finish(model=model, seconds=round(seconds, 1), steps=self.log.last["step"])
         if self.main:
             mark_finished(output, self.state.identity)
@@ -188,10 +196,11 @@ class Training:
         return summary
 
 
-def draw_before_after(flow_mixup: FlowMixupTransform, dataset, path: Path) -> None:
-    """Draw one image per class before and after flow mixup, at the data set's own size."""
+def draw_before_after(flow_mixup: FlowMixupTransform, dataset, config: DataConfig, path: Path) -> None:
+    """Draw one image per class before and after flow mixup, at the size at which training images are loaded."""
     images, labels = zip(*dataset.examples(), strict=True)
-    transform = eval_transform(max(dataset.image_size))
+    size = (config.input_size[0], *loaded_size(config, dataset))
+    transform = eval_transform(dataclasses.replace(config, input_size=size))
     draw_augmented(flow_mixup, torch.stack([transform(image) for image in images]), torch.tensor(labels), path)
 
 
@@ -222,10 +231,10 @@ def finetune(options: FinetuneOptions, accelerator: Accelerator) -> dict | None:
     labels = options.classifier.real_labels
     real = RealLabels(labels, val_set, *process) if labels else None
     set_seed(training.seed)
-    model, spec = create_classifier(options.classifier, num_classes, train_set.channels, not run.dry_run)
-    loaders = create_loaders(train_set, val_set, spec.size, options.transforms, training, run.workers, accelerator)
-    steps, flow = count_steps(training, len(loaders[0]))[0], describe_flow(options, train_set)
-    accelerator.print(classifier_plan(options, model, spec, (train_set, val_set), steps, flow, accelerator))
+    model, config = create_classifier(options.classifier, num_classes, train_set.channels, not run.dry_run)
+    loaders = create_loaders(train_set, val_set, config, options.transforms, training, run.workers, accelerator)
+    plan, flow = StepPlan(training, len(loaders[0])), describe_flow(options, train_set)
+    accelerator.print(classifier_plan(options, model, config, (train_set, val_set), plan, flow, accelerator))
     if run.dry_run:
         return None
     if is_finished(run.output, run_identity(options, train_set, val_set, accelerator.num_processes), run.overwrite):
@@ -235,8 +244,9 @@ def finetune(options: FinetuneOptions, accelerator: Accelerator) -> dict | None:
     flow_mixup = load_flow_mixup(options, train_set, accelerator)
     identity = run_identity(options, train_set, val_set, accelerator.num_processes)
     with exclusive_folder(run.output, accelerator.is_main_process):
-        loaders, on_batches = add_flow_mixup(options, train_set, val_set, loaders, flow_mixup, spec, accelerator)
-        preprocess, off_epoch = Preprocess(spec.size, spec.mean, spec.std), options.flow_aug.flow_aug_off_epoch
+        loaders, on_batches = add_flow_mixup(options, train_set, val_set, loaders, flow_mixup, config, accelerator)
+        preprocess = Preprocess(config.input_size, config.mean, config.std)
+        off_epoch = options.flow_aug.flow_aug_off_epoch
         pipeline = create_pipeline(
             preprocess, options.transforms, num_classes, accelerator.device, on_batches, off_epoch
         )
@@ -244,7 +254,7 @@ def finetune(options: FinetuneOptions, accelerator: Accelerator) -> dict | None:
         trainer.run()
         if skipped := count_skipped({"train": train_set, "val": val_set}, gather_object):
             trainer.log.note("skipped", skipped)
-        return trainer.finish(val_set, constructor_options(options.classifier, num_classes, spec.size[0]), spec)
+        return trainer.finish(val_set, constructor_options(options.classifier, num_classes, train_set.channels), config)
 
 
 def add_flow_mixup(
@@ -253,7 +263,7 @@ def add_flow_mixup(
     val_set,
     loaders: tuple,
     flow_mixup: FlowMixupTransform | None,
-    spec: InputSpec,
+    config: DataConfig,
     accelerator: Accelerator,
 ) -> tuple[tuple, FlowMixupTransform | None]:
     """Return the loaders, of offline copies if the options ask for them, and the flow mixup of batches, or None."""
@@ -264,13 +274,13 @@ def add_flow_mixup(
         flow_mixup,
         options.flow_aug,
         options.transforms,
-        spec.size,
+        config,
         options.training.seed,
         accelerator.process_index,
         accelerator.num_processes,
         sum_over_processes(accelerator),
     )
-    loading = (spec.size, options.transforms, options.training, options.run.workers, accelerator)
+    loading = (config, options.transforms, options.training, options.run.workers, accelerator)
     return create_loaders(copies, val_set, *loading), None
 
 

@@ -45,11 +45,11 @@ class FlowBatches:
         process = table.process_index, table.num_processes
         if not self.by_timm:
             return endless_table(table.images, table.targets, self.batch_size, self.seed, start, *process)
-        channels, size = table.images.shape[1:3]
+        channels, *size = table.images.shape[1:]
         batch_size = min(self.batch_size, len(table) // table.num_processes)
         loader = create_loader(
             self.dataset if rows is None else self.dataset.subset(rows),
-            train_transform(size, channels, self.transforms),
+            train_transform((size[0], size[1]), channels, self.transforms),
             batch_size,
             True,
             self.seed,

@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from flowaug.data import ImageDataset, create_loader
-from flowaug.data.transforms import Preprocess, eval_transform, train_transform
+from flowaug.data.transforms import DataConfig, Preprocess, eval_transform, train_transform
 from flowaug.data.wds.dataset import StreamDataset
 from flowaug.mixup.offline import AugmentedCopies
 from flowaug.mixup.transform import FlowMixupTransform
@@ -87,9 +87,15 @@ def create_pipeline(
     )
 
 
-def loaded_size(input_size: tuple[int, int, int], dataset: ImageDataset | StreamDataset) -> int:
-    """Return the side at which images are loaded: the model's, or the data set's own if that is smaller."""
-    return min(input_size[-1], max(dataset.image_size))
+def loaded_size(config: DataConfig, dataset: ImageDataset | StreamDataset) -> tuple[int, int]:
+    """Return the size at which training images are loaded: the classifier's input size.
+
+    Images in memory that all share a smaller size are loaded as they are and enlarged on the device, after flow mixup.
+    """
+    fixed = dataset.fixed_size
+    if fixed is not None and max(fixed) < min(config.size):
+        return max(fixed), max(fixed)
+    return config.size
 
 
 def create_copies(
@@ -97,7 +103,7 @@ def create_copies(
     flow_mixup: FlowMixupTransform,
     flow_aug: FlowAugOptions,
     transforms: ClassifierTransformOptions,
-    input_size: tuple[int, int, int],
+    config: DataConfig,
     seed: int,
     process_index: int = 0,
     num_processes: int = 1,
@@ -110,7 +116,8 @@ def create_copies(
     without_aa = None
     if flow_aug.flow_aug_or_aa:
         plain = dataclasses.replace(transforms, aa=None)
-        without_aa = train_transform(loaded_size(input_size, dataset), input_size[0], plain)
+        size, channels = loaded_size(config, dataset), config.input_size[0]
+        without_aa = train_transform(size, channels, plain, config.interpolation)
     copies = flow_aug.flow_aug_copies or 0
     return AugmentedCopies(dataset, flow_mixup, copies, seed, without_aa, process_index, num_processes, reduce)
 
@@ -118,20 +125,17 @@ def create_copies(
 def create_loaders(
     train_set,
     val_set,
-    input_size: tuple[int, int, int],
+    config: DataConfig,
     transforms: ClassifierTransformOptions,
     training: ClassifierTrainingOptions,
     workers: int,
     accelerator: Accelerator,
 ) -> tuple:
-    """Create the loaders of uint8 images to train and to validate on.
-
-    Images that are smaller than the model's input are enlarged on the device, after flow mixup.
-    """
-    size = loaded_size(input_size, train_set)
+    """Create the loaders of uint8 images to train and to validate on."""
+    size = loaded_size(config, train_set)
     process = accelerator.process_index, accelerator.num_processes
     batch_size = min(training.batch_size, len(train_set) // accelerator.num_processes)
-    transform = train_transform(size, input_size[0], transforms)
+    transform = train_transform(size, config.input_size[0], transforms, config.interpolation)
     train = create_loader(
         train_set,
         transform,
@@ -143,7 +147,7 @@ def create_loaders(
         drop_last=True,
         repeats=training.epoch_repeats,
     )
-    return train, create_loader(val_set, eval_transform(size), batch_size, False, training.seed, workers, *process)
+    return train, create_loader(val_set, eval_transform(config), batch_size, False, training.seed, workers, *process)
 
 
 def seed_step(seed: int, step: int, part: int, process_index: int, flow_mixup: FlowMixupTransform | None) -> None:

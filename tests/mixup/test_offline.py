@@ -10,7 +10,7 @@ from PIL import Image
 from flowaug import FlowMixupTransform
 from flowaug.data import ImageDataset
 from flowaug.data.loaders import seeded
-from flowaug.data.transforms import train_transform
+from flowaug.data.transforms import DataConfig, train_transform
 from flowaug.evaluation.export import CHUNK, export
 from flowaug.mixup.offline import AugmentedCopies, merge, to_image
 from flowaug.training import finetune
@@ -140,8 +140,9 @@ def test_no_image_is_changed_by_both_flow_mixup_and_randaugment():
     options = ["--aa", "rand-m9-n4-mstd0.5-inc1", "--scale", "1", "1", "--ratio", "1", "1", "--hflip", "0"]
     options += ["--flow-aug", "x", "--flow-aug-copies", "2", "--flow-aug-or-aa"]
     chosen, data = finetune_options(*options), images()
-    copies = create_copies(data, transform(p=0.5), chosen.flow_aug, chosen.transforms, (3, 8, 8), seed=0)
-    copies.transform = train_transform(8, 3, chosen.transforms)
+    config = DataConfig((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+    copies = create_copies(data, transform(p=0.5), chosen.flow_aug, chosen.transforms, config, seed=0)
+    copies.transform = train_transform((8, 8), 3, chosen.transforms)
     for i in range(18):
         draws = []
         for seed in range(4):

@@ -63,8 +63,8 @@ def test_layer_decay_lowers_the_rate_towards_the_input():
 
 @pytest.mark.parametrize(("model", "size", "side"), [("test_vit", 64, 64), ("test_resnet", 48, 48)])
 def test_image_size_reaches_the_models_that_have_one(model, size, side):
-    _, spec = create_classifier(options("--model", model, "--img-size", str(size)).classifier, 3, 1)
-    assert (spec.size, len(spec.mean)) == ((1, side, side), 1)
+    _, config = create_classifier(options("--model", model, "--img-size", str(size)).classifier, 3, 1)
+    assert (config.input_size, len(config.mean)) == ((1, side, side), 1)
 
 
 def test_drop_rates_and_further_arguments_reach_the_constructor():

@@ -49,6 +49,7 @@ class StreamDataset:
     """
 
     grey_levels = 256
+    fixed_size = None  # samples may differ in size
 
     def __init__(
         self, shards: ShardSet, classes: ClassMap, *, name: str, channels: int, count: int, faults: dict[str, str]

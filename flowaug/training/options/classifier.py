@@ -21,6 +21,18 @@ class ClassifierOptions(Options):
         None, "start from the weights in this file: .safetensors, or .pth that holds tensors only"
     )
     img_size: int | None = option(None, "height and width of the input (default: the model's own)", at_least=1)
+    crop_pct: float | None = option(
+        None,
+        "evaluation: fraction of the resized image that the crop keeps (default: the model's own)",
+        above=0,
+        at_most=1,
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = option(
+        None, "evaluation: crop mode of timm (default: the model's own)"
+    )
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = option(
+        None, "filter that resizes images (default: the model's own)"
+    )
     drop: float | None = option(None, "dropout rate", at_least=0, below=1)
     drop_path: float | None = option(None, "stochastic depth rate", at_least=0, below=1)
     model_kwargs: dict[str, Any] = option({}, "further arguments of timm's constructor")
