@@ -168,19 +168,6 @@ class ClassMoments:
         variance = second_moment - (self._total / divisor).square_()
         return variance.masked_fill_(variance <= second_moment.mul_(divisor * _EPS), 0.0)
 
-    def scatter_about(self, mean: Tensor) -> Tensor:
-        r"""Compute the mean squared difference between the latents of each class and a given mean.
-
-        .. math:: \frac{1}{N_y}\sum_{x \in y}(z - \mu_y)^2 = S_y + (m_y - \mu_y)^2
-
-        Args:
-            mean: means :math:`\mu_y`, ``(K, D)`` or broadcastable to it.
-
-        Returns:
-            ``(K, D)`` float64.
-        """
-        return self.variance.add_((self.mean - mean.to(self._total)).square_())
-
     def _divisor(self) -> Tensor:
         """Return the sample counts as ``(K, 1)`` float64; raise if one of them is 0."""
         empty = torch.nonzero(self._count == 0).flatten().tolist()

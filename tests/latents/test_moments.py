@@ -44,15 +44,6 @@ def test_tensors_can_be_all_reduced_in_place():
     assert torch.equal(again.variance, first.variance)
 
 
-def test_scatter_about_matches_the_mean_squared_difference():
-    z, y = _labelled()
-    about = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = torch.stack([(z[y == k] - about[k]).square().mean(0) for k in range(5)])
-    moments = ClassMoments.of(z, y, 5)
-    torch.testing.assert_close(moments.scatter_about(about), expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(moments.scatter_about(moments.mean), moments.variance, atol=0, rtol=1e-12)
-
-
 @pytest.mark.parametrize("shift", [1e2, 1e4])
 def test_variance_is_accurate_for_a_mean_far_from_zero(shift):
     z, y = _labelled(n=1000, shift=shift)

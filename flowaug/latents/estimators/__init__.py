@@ -2,7 +2,7 @@
 
 from flowaug.latents.estimators.descent import LR_POLICIES, gradient_descent
 from flowaug.latents.estimators.divergence import objective, pairwise_kld
-from flowaug.latents.estimators.fpi import VARIANCE_BOUNDS, FixedPoint, data_initialisation, fpi, unit_gaussian
+from flowaug.latents.estimators.fpi import VARIANCE_BOUNDS, FixedPoint, data_initialisation, fpi
 from flowaug.latents.estimators.glem import Glem, glem
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "gradient_descent",
     "objective",
     "pairwise_kld",
-    "unit_gaussian",
 ]

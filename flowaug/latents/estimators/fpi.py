@@ -65,21 +65,6 @@ def data_initialisation(moments: ClassMoments) -> GaussianParameters:
     return GaussianParameters(mean, variance)
 
 
-def unit_gaussian(num_classes: int, dim: int, device: torch.device | str | None = None) -> GaussianParameters:
-    """Return ``N(0, I)`` for every class, so that the classes share one Gaussian.
-
-    Args:
-        num_classes: number of classes K.
-        dim: dimension D of the latents.
-        device: device of the parameters.
-
-    Returns:
-        Means and variances, ``(K, D)`` float64 each.
-    """
-    shape = (num_classes, dim)
-    return GaussianParameters(torch.zeros(shape, device=device).double(), torch.ones(shape, device=device).double())
-
-
 def fpi(
     moments: ClassMoments,
     *,
