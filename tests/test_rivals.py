@@ -67,7 +67,7 @@ def test_labels_are_unchanged_and_seeds_are_reproducible(rivals, kind, source, t
     x, y = first(batch, Y)
     assert y is Y
     assert (x != batch).flatten(1).any(1).sum() >= 4  # an image may be its own partner
-    assert first.counts == {"seen": 6, "augmented": 6, "refused": 0, "no_partner": 0}
+    assert first.counts == {"seen": 6, "augmented": 6, "rejected": 0, "no_partner": 0}
     assert torch.equal(x, again(batch, Y)[0])
     assert not torch.equal(x, other(batch, Y)[0])
     first.reseed(1, 0)

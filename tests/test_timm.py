@@ -83,7 +83,7 @@ def test_images_change_and_labels_do_not(photos, flow, pca, prefetcher):
         assert not torch.equal(x, x0)
         pixels = x * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
         assert -1e-5 < pixels.min() < pixels.max() < 1 + 1e-5
-    assert wrapped.flow_mixup.counts == {"seen": 16, "augmented": 16, "refused": 0, "no_partner": 0}
+    assert wrapped.flow_mixup.counts == {"seen": 16, "augmented": 16, "rejected": 0, "no_partner": 0}
 
 
 @BOTH

@@ -94,7 +94,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_mixing_weights(parser)
     weights = " ".join(f"{weight:g}" for weight in WEIGHTS)
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=WEIGHTS, help=f"fixed mixing weights to judge (default: {weights})"
+        "--weights",
+        type=float,
+        nargs="+",
+        default=WEIGHTS,
+        help=f"fixed mixing weights to evaluate (default: {weights})",
     )
     parser.add_argument(
         "--oracle",
@@ -106,7 +110,10 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--image-size", type=at_least(1), help="height and width of the images (default: the flow's)")
     parser.add_argument(
-        "--max-images", type=at_least(2), default=10_000, help="judge a random subset of larger sets (default: 10000)"
+        "--max-images",
+        type=at_least(2),
+        default=10_000,
+        help="evaluate a random subset of larger sets (default: 10000)",
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of partners, subset and small classifier")
     output = Path("runs/evaluate")
@@ -180,15 +187,17 @@ def evaluate(
     channels = max(data.channels, transform.flow.event_shape[0])
     size = (image_size, image_size) if image_size else transform.flow.image_size
     if oracle:
-        judge = load_oracle(oracle, len(data.class_names), channels, oracle_checkpoint, image_size, data.class_names)
+        reference = load_oracle(
+            oracle, len(data.class_names), channels, oracle_checkpoint, image_size, data.class_names
+        )
     elif oracle_checkpoint:
         raise ValueError("--oracle-checkpoint needs --oracle, the timm model that the weights belong to")
     elif split == "train":
         raise ValueError("the small reference classifier is trained on the train split; use --split val or --oracle")
     else:
         train = open_images(flow, "train", dataset, data_dir, class_map)
-        judge = small_oracle(train, output.parent / "oracles", size, channels, oracle_steps, seed)
-    _report(transform, judge, data, size, channels, weights, seed, output, f"{flow} on {data.name} ({split})")
+        reference = small_oracle(train, output.parent / "oracles", size, channels, oracle_steps, seed)
+    _report(transform, reference, data, size, channels, weights, seed, output, f"{flow} on {data.name} ({split})")
 
 
 def _report(
@@ -242,7 +251,7 @@ def export_images(
     )
     print(
         f"{output}: {counts['images']} images written, {counts['kept']} were there already; {counts['augmented']} "
-        f"augmented, {counts['refused']} rejected and left unchanged, {counts['no_partner']} without a partner"
+        f"augmented, {counts['rejected']} rejected and left unchanged, {counts['no_partner']} without a partner"
     )
 
 

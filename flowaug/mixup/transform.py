@@ -246,10 +246,10 @@ class FlowMixupTransform:
     def counts(self) -> dict[str, int]:
         """Number of samples so far, by outcome.
 
-        ``seen``: all samples. ``augmented``: mixed. ``refused``: rejected (NaN, decoded out of range, label lost): left
+        ``seen``: all samples. ``augmented``: mixed. ``rejected``: NaN, decoded out of range or label lost: left
         unchanged. ``no_partner``: selected, but without a partner or with an unknown label: left unchanged.
         """
-        return dict(zip(("seen", "augmented", "refused", "no_partner"), self._counts.sum(0).tolist(), strict=True))
+        return dict(zip(("seen", "augmented", "rejected", "no_partner"), self._counts.sum(0).tolist(), strict=True))
 
     def sum_counts(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Sum ``counts`` over all processes with ``reduce``, which sums a tensor over them."""

@@ -169,9 +169,9 @@ class Training:
             StoppedError: ``signum`` is not 0; the state is saved.
         """
         if self.plan.is_evaluated(done):
-            judged = self.model if self.averaged is None else self.averaged.module
+            evaluated = self.model if self.averaged is None else self.averaged.module
             preprocess, reduce = self.pipeline.preprocess, sum_over_processes(self.accelerator)
-            values = accuracy(judged, self.loaders[1], preprocess, self.device, reduce, self.real)
+            values = accuracy(evaluated, self.loaders[1], preprocess, self.device, reduce, self.real)
             self.log.write(done, {"train_loss": self.mean_loss.read(), **values}, bar)
         if (done % self.options.run.save_every == 0 or done == self.steps or signum) and self.main:
             self.state.save(done)

@@ -118,11 +118,11 @@ def describe_mixing(counts: dict[str, int], can_copy: bool) -> str:
     """
     seen, drawn = counts["seen"], sum(counts.values()) - counts["seen"]
     text = f"flow mixup augmented {counts['augmented'] / max(seen, 1):.0%} of the images"
-    if 4 * counts["refused"] <= drawn:
+    if 4 * counts["rejected"] <= drawn:
         return text
     sooner = "use --flow-aug-copies N to augment before --aa, or " if can_copy else ""
     return (
-        f"{text}; {counts['refused'] / drawn:.0%} of the selected images were rejected (decoded out of range or to "
+        f"{text}; {counts['rejected'] / drawn:.0%} of the selected images were rejected (decoded out of range or to "
         f"another class) and left unchanged; {sooner}train the flow longer"
     )
 

@@ -34,7 +34,7 @@ def read(path):
 def test_folder(tmp_path):
     data = images()
     counts = export(transform(), data, tmp_path, copies=2, originals=True)
-    assert counts == {"images": 27, "kept": 0, "seen": 18, "augmented": 18, "refused": 0, "no_partner": 0}
+    assert counts == {"images": 27, "kept": 0, "seen": 18, "augmented": 18, "rejected": 0, "no_partner": 0}
     assert sorted(p.name for p in (tmp_path / "train").iterdir()) == list(NAMES)
     assert len(list((tmp_path / "train" / "ant").iterdir())) == 9
     for i in range(9):

@@ -174,7 +174,7 @@ def test_finetune_applies_randaugment_to_the_offline_copies(tmp_path, capsys):
     assert "warning" not in said
     assert metrics["steps"] == 10  # 80 images, batches of 16, two epochs
     assert metrics["flow_aug"]["seen"] == 160  # two copies of each
-    assert metrics["flow_aug"]["refused"] == 0  # the images are like those the flow was trained on
+    assert metrics["flow_aug"]["rejected"] == 0  # the images are like those the flow was trained on
     assert metrics["flow_aug"]["augmented"] > 50
 
 
@@ -191,7 +191,7 @@ def test_flow_mixup_after_randaugment_gives_a_warning(tmp_path, capsys):
 
 
 def test_many_rejected_images_are_reported_with_advice():
-    few, many = ({"seen": 40, "augmented": 20 - n, "refused": n, "no_partner": 0} for n in (5, 8))
+    few, many = ({"seen": 40, "augmented": 20 - n, "rejected": n, "no_partner": 0} for n in (5, 8))
     assert describe_mixing(few, can_copy=True) == "flow mixup augmented 38% of the images"
     said = describe_mixing(many, can_copy=True)
     assert "augmented 30% of the images; 40% of the selected images were rejected" in said

@@ -38,7 +38,7 @@ def test_changes_images_and_keeps_labels(transform):
     assert out.shape == x.shape
     assert ((out - x).abs().flatten(1).amax(1) > 1e-3).all()
     assert 0 <= out.min() <= out.max() <= 1
-    assert transform.counts == {"seen": 6, "augmented": 6, "refused": 0, "no_partner": 0}
+    assert transform.counts == {"seen": 6, "augmented": 6, "rejected": 0, "no_partner": 0}
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 13)])
@@ -55,7 +55,7 @@ def test_samples_that_lose_their_label_are_unchanged_and_counted(flow, pca, monk
         "flowaug.latents.gaussians.ClassGaussians.margin", lambda self, z, y: torch.full(y.shape, next(margins))
     )
     assert torch.equal(checked(x, y)[0], x)
-    assert checked.counts == {"seen": 6, "augmented": 0, "refused": 6, "no_partner": 0}
+    assert checked.counts == {"seen": 6, "augmented": 0, "rejected": 6, "no_partner": 0}
     margins = iter([-2.0, -1.0, -1.0, -1.0])  # misclassified, but with a larger margin than the image
     checked.reseed(0, 0)
     assert torch.equal(checked(x, y)[0], plain(x, y)[0])
@@ -160,14 +160,14 @@ def test_invalid_samples_are_unchanged_and_counted(transform):
     out, _ = transform(x, y)
     assert torch.equal(out[[1, 4]].nan_to_num(7), x[[1, 4]].nan_to_num(7))
     assert torch.isfinite(out[[0, 2, 3, 5]]).all()
-    assert transform.counts == {"seen": 12, "augmented": 10, "refused": 2, "no_partner": 0}
+    assert transform.counts == {"seen": 12, "augmented": 10, "rejected": 2, "no_partner": 0}
 
 
 def test_decodes_out_of_range_are_rejected(transform, monkeypatch):
     x, y = batch()
     monkeypatch.setattr(transform.flow, "decode", lambda z: torch.full((len(z), 3, 8, 8), 1e6))
     assert torch.equal(transform(x, y)[0], x)
-    assert transform.counts["refused"] == 6
+    assert transform.counts["rejected"] == 6
 
 
 def test_global_generators_are_unchanged(transform):
@@ -300,7 +300,7 @@ def test_workers_of_a_data_loader_draw_differently_in_each_worker_and_epoch(flow
     assert len(set(first)) == 8
     counts = transform.counts
     assert counts["seen"] == 64
-    assert counts["augmented"] + counts["refused"] == 64
+    assert counts["augmented"] + counts["rejected"] == 64
     assert batches_of_workers(FlowMixupTransform(flow, pca, p=1.0, max_outside=1.0), 3, persistent=persistent) == first
     assert not set(batches_of_workers(FlowMixupTransform(flow, pca, p=1.0, max_outside=1.0), seed=4)) & set(first)
 

@@ -212,7 +212,7 @@ def test_finetune_runs_every_augmentation_together(tmp_path):
     ]
     finetune.main(["--flow-aug", "digits", *extras, "--output", str(tmp_path), *QUICK])
     counts = json.loads((tmp_path / "metrics.json").read_text())["flow_aug"]
-    assert counts["augmented"] > counts["refused"]  # RandAugment inverts some digits: the flow has seen none such
+    assert counts["augmented"] > counts["rejected"]  # RandAugment inverts some digits: the flow has seen none such
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ class ClassifierTrainingOptions(Options):
         None, f"passes over the training set (default: {DEFAULT_EPOCHS}, unless --steps is given)", at_least=1
     )
     steps: int | None = option(None, "optimizer steps, instead of --epochs", at_least=1)
-    epoch_repeats: int = option(1, "visits to each image per epoch (papers: 3)", at_least=1)
+    epoch_repeats: int = option(1, "number of times each image is used per epoch (papers: 3)", at_least=1)
     batch_size: int = option(64, "images per forward pass and process", at_least=1)
     grad_accum_steps: int = option(1, "forward passes per optimizer step", at_least=1, metavar="N")
     opt: str = option("adamw", "any timm optimizer")
