@@ -120,6 +120,15 @@ def test_luminance_changes_all_channels_equally():
     assert change.abs().max() > 1e-3
 
 
+def test_a_greyscale_flow_receives_the_luma_of_pillow():
+    flow = make_flow((1, 8, 8))
+    transform = FlowMixupTransform(flow, make_pca(flow), luminance=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    grey = transform._to_flow(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255)
+    expected = torch.from_numpy(np.asarray(image.convert("L")).copy())[None, None] / 255
+    torch.testing.assert_close(grey, expected, rtol=0, atol=1.01 / 255)
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("partner", ["bank", "batch", "gaussian"])
 def test_any_batch_size(flow, pca, partner, count):
