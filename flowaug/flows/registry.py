@@ -26,6 +26,15 @@ def register_flow(builder: Callable[..., Bijection]) -> Callable[..., Bijection]
 
     Raises:
         ValueError: if the name is already registered.
+
+    Example:
+        >>> from flowaug.flows.bijections import Reshape
+        >>> @register_flow
+        ... def identity(event_shape):
+        ...     return Reshape(event_shape, (math.prod(event_shape),))
+        >>> create_flow("identity", event_shape=(1, 2, 2), num_classes=3).dim
+        4
+        >>> del _BUILDERS["identity"]  # undo the registration
     """
     name = builder.__name__
     if name in _BUILDERS:
@@ -35,7 +44,12 @@ def register_flow(builder: Callable[..., Bijection]) -> Callable[..., Bijection]
 
 
 def list_flows(pattern: str = "*") -> list[str]:
-    """Return the names of the registered architectures that match a shell pattern, such as ``"mef*"``."""
+    """Return the names of the registered architectures that match a shell pattern.
+
+    Example:
+        >>> list_flows("mef*")
+        ['mef_base', 'mef_small', 'mef_tiny']
+    """
     return sorted(fnmatch.filter(_BUILDERS, pattern))
 
 
@@ -65,6 +79,12 @@ def create_flow(
 
     Raises:
         ValueError: for an unknown name, or an invalid event shape, number of classes or override.
+
+    Example:
+        >>> flow = create_flow("mef_tiny", event_shape=(1, 8, 8), num_classes=10, hidden=16)
+        >>> latents, ladj = flow.encode(torch.rand(4, 1, 8, 8))
+        >>> latents.shape
+        torch.Size([4, 64])
     """
     _check_arguments(name, event_shape, num_classes)
     with torch.random.fork_rng(devices=[]):

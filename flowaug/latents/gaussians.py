@@ -16,6 +16,11 @@ class GaussianParameters(NamedTuple):
     Attributes:
         mean: class means, ``(K, D)``.
         variance: diagonal class variances (not standard deviations), ``(K, D)``.
+
+    Example:
+        >>> unit = GaussianParameters(mean=torch.zeros(10, 64), variance=torch.ones(10, 64))
+        >>> ClassGaussians(*unit).num_classes
+        10
     """
 
     mean: Tensor

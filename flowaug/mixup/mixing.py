@@ -30,6 +30,12 @@ def mix_latents(z: Tensor, y: Tensor, pca: ClasswisePCA, plan: MixPlan) -> Tenso
 
     Raises:
         ValueError: if the plan draws partners from the Gaussians but has no ``noise``.
+
+    Example:
+        >>> z, y = torch.tensor([[0.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0])
+        >>> plan = MixPlan(index=torch.arange(2), weight=torch.full((2, 1), 0.25), partner=torch.tensor([1, 0]))
+        >>> mix_latents(z, y, ClasswisePCA.fit([z], rank=1), plan).tolist()
+        [[0.0, 1.5], [0.0, 2.5]]
     """
     rank = plan.weight.shape[1]
     own = pca.project(z, y, rank)

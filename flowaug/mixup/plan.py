@@ -32,6 +32,12 @@ class MixPlan:
         rescaled: whether to divide the mixed coordinates by ``√((1−w)² + w²)``, which preserves the class variance.
         chosen: whether each sample was selected for augmentation, (M,) bool; None means all of them.
         redraws: alternative draws for the same M samples, to be tried in order if the mixed latent loses its label.
+
+    Example:
+        >>> # mix sample 0 of a batch with row 5 of ``pca.coords``: weight 0.3 along three principal components
+        >>> plan = MixPlan(index=torch.tensor([0]), weight=torch.full((1, 3), 0.3), partner=torch.tensor([5]))
+        >>> plan.source, plan.rescaled
+        ('bank', False)
     """
 
     index: Tensor
