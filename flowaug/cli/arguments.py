@@ -33,7 +33,7 @@ def add_command(
 
 def add_flow(parser: argparse.ArgumentParser) -> None:
     """Add the flow, the first argument of every command."""
-    text = "flow: folder, bundled name, local-dir:FOLDER or hf-hub:ORG/NAME (default: digits)"
+    text = "flow: folder, bundled name, local-dir:FOLDER or hf-hub:ORG/NAME[@REVISION] (default: digits)"
     parser.add_argument("flow", nargs="?", default="digits", help=text)
 
 

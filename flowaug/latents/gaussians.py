@@ -52,7 +52,7 @@ class ClassGaussians(nn.Module):
 
     def __init__(self, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
-        _check_parameters(mean, variance)
+        check_parameters(mean, variance)
         self.register_buffer("mean", mean.detach().to(torch.float32, copy=True))
         self.register_buffer("variance", variance.detach().to(torch.float32, copy=True))
 
@@ -84,7 +84,7 @@ class ClassGaussians(nn.Module):
                 f"expected means of shape (K, D) = {expected}, got {found}; for another number of classes or "
                 "dimensions, create a new ClassGaussians"
             )
-        _check_parameters(mean, variance)
+        check_parameters(mean, variance)
         self.mean.copy_(mean)
         self.variance.copy_(variance)
         return self
@@ -230,10 +230,21 @@ class ClassGaussians(nn.Module):
             raise ValueError(f"expected {len(z)} labels of shape ({len(z)},), got {tuple(y.shape)}")
 
 
-def _check_parameters(mean: Tensor, variance: Tensor) -> None:
+def check_parameters(mean: Tensor, variance: Tensor) -> None:
+    """Check the parameters of class Gaussians.
+
+    Args:
+        mean: class means, ``(K, D)``.
+        variance: class variances, ``(K, D)``.
+
+    Raises:
+        ValueError: if the shapes differ, an entry is not finite or a variance is not positive in float32.
+    """
     if mean.ndim != 2 or mean.shape != variance.shape:
         shapes = f"{tuple(mean.shape)} and {tuple(variance.shape)}"
         raise ValueError(f"mean and variance must both be (K, D), got {shapes}")
+    if mean.is_meta:
+        return  # no values to check
 
     # check the stored dtype: a float64 variance of 1e-50 becomes 0 in float32
     stored = variance.to(torch.float32)

@@ -128,7 +128,7 @@ class FlowMixupTransform:
         """Load a flow with its principal components and its own mixup settings.
 
         Args:
-            source: folder, bundled name, ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``.
+            source: folder, bundled name, ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME[@REVISION]``.
             device: device of the transform.
             **keywords: arguments of the class. They default to the settings stored with the flow.
 

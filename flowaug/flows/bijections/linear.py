@@ -21,6 +21,8 @@ def random_rotation(n: int) -> Tensor:
 
 def random_log_rotation(n: int) -> Tensor:
     """Draw a random rotation and return its logarithm, a skew-symmetric matrix (n, n) in float32."""
+    if torch.get_default_device().type == "meta":
+        return torch.empty(n, n)  # only the shape counts, and a decomposition on the meta device is slow
     # The eigenvalues of a rotation have absolute value 1 and its eigenvectors are orthonormal.
     eigenvalues, vectors = torch.linalg.eig(random_rotation(n))
     log = ((vectors * (1j * eigenvalues.angle())) @ vectors.mH).real
@@ -30,6 +32,14 @@ def random_log_rotation(n: int) -> Tensor:
 def apply_matrix(matrix: Tensor, x: Tensor) -> Tensor:
     """Multiply the channels of every pixel of ``x`` (B, C, H, W) by ``matrix`` (C, C), in the dtype of ``x``."""
     return F.conv2d(x, matrix.to(x.dtype)[:, :, None, None])
+
+
+def _random_factors(n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a random rotation and return its PLU factors, each (n, n) in float64."""
+    if torch.get_default_device().type == "meta":
+        empty = torch.empty(n, n, dtype=torch.float64)
+        return empty, empty, empty
+    return torch.linalg.lu(random_rotation(n))
 
 
 class Conv1x1(Bijection):
@@ -98,7 +108,7 @@ class PLUConv1x1(Conv1x1):
 
     def __init__(self, channels: int):
         super().__init__()
-        permutation, lower, upper = torch.linalg.lu(random_rotation(channels))
+        permutation, lower, upper = _random_factors(channels)
         diagonal = upper.diagonal()
         self.register_buffer("order", permutation.argmax(1))
         self.register_buffer("sign", diagonal.sign().float())

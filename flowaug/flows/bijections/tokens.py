@@ -30,7 +30,7 @@ def pattern_mask(grid: tuple[int, int], pattern: str) -> Tensor:
 
 def halves_first(mask: Tensor) -> Tensor:
     """Return the permutation (n,) that moves the entries in ``mask`` (n,) to the front; the sort is stable."""
-    return torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
+    return torch.argsort((~mask).int(), stable=True)
 
 
 class TokenCoupling(ConditionedBijection):

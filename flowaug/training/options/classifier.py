@@ -57,8 +57,8 @@ class FlowAugOptions(Options):
 
     flow_aug: str | None = option(
         None,
-        "augment with a flow: its folder, bundled name or hf-hub:ORG/NAME; without a value the flow of the data set, "
-        "trained first if there is none; --no-flow-aug switches a recipe's off",
+        "augment with a flow: its folder, bundled name or hf-hub:ORG/NAME[@REVISION]; without a value the flow of the "
+        "data set, trained first if there is none; --no-flow-aug switches a recipe's off",
         bare="auto",
         metavar="FLOW",
     )
