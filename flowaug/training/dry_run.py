@@ -119,8 +119,8 @@ def classifier_plan(
     images = plan.batches_before(plan.steps) * training.batch_size * accelerator.num_processes
     parameters = _count(model)
     memory = (20 if training.model_ema else 16) * parameters
-    memory += (0.5 if training.amp else 1.0) * cost.activations * training.batch_size
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[training.amp]
+    memory += (0.5 if training.amp in ("bf16", "fp16") else 1.0) * cost.activations * training.batch_size
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.amp or "no", torch.float32)
     speed = measured_speed(accelerator.device, dtype) * accelerator.num_processes
     return _lines(
         data=_data_line(sets[0], len(sets[1])),
@@ -128,7 +128,7 @@ def classifier_plan(
         f"{cost.flops / 1e9:.2g} GFLOP per image",
         flow=flow,
         training=_steps_line(plan.steps, per_step, accelerator, plan.passes() * training.epoch_repeats)
-        + f"; {training.opt}, lr {schedule.lr:g}, {schedule.sched} schedule",
+        + f"; {training.opt}, lr {schedule.lr:g}, {schedule.sched} schedule, mixed precision {training.amp or 'no'}",
         memory=f"about {_size(memory)} per process",
         time=_time_line(3 * cost.flops * images, speed, accelerator.device),
         output=_output_line(options.run),

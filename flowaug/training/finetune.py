@@ -12,7 +12,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from flowaug.data.loaders import endless_batches
-from flowaug.data.transforms import DataConfig, Preprocess, eval_transform
+from flowaug.data.transforms import DataConfig, Preprocess
 from flowaug.data.wds.dataset import count_skipped
-from flowaug.evaluation.pictures import draw_augmented
 from flowaug.evaluation.real_labels import RealLabels
 from flowaug.files import file_digest
 from flowaug.mixup.transform import FlowMixupTransform
@@ -50,7 +48,7 @@ from flowaug.training.pipeline import (
     create_copies,
     create_loaders,
     create_pipeline,
-    loaded_size,
+    draw_before_after,
     seed_step,
 )
 from flowaug.training.resume import TrainingState, exclusive_folder, is_finished, mark_finished
@@ -196,14 +194,6 @@ class Training:
         return summary
 
 
-def draw_before_after(flow_mixup: FlowMixupTransform, dataset, config: DataConfig, path: Path) -> None:
-    """Draw one image per class before and after flow mixup, at the size at which training images are loaded."""
-    images, labels = zip(*dataset.examples(), strict=True)
-    size = (config.input_size[0], *loaded_size(config, dataset))
-    transform = eval_transform(dataclasses.replace(config, input_size=size))
-    draw_augmented(flow_mixup, torch.stack([transform(image) for image in images]), torch.tensor(labels), path)
-
-
 def run_identity(options: FinetuneOptions, train_set, val_set, num_processes: int) -> dict[str, Any]:
     """Return what decides the results of a run, as JSON values."""
     return {
@@ -225,6 +215,8 @@ def finetune(options: FinetuneOptions, accelerator: Accelerator) -> dict | None:
         FileNotFoundError: data, flow or weights are not there.
         StoppedError: a signal asked the training to stop.
     """
+    precision = accelerator.mixed_precision
+    options = dataclasses.replace(options, training=dataclasses.replace(options.training, amp=precision))
     training, run = options.training, options.run
     train_set, val_set = (options.data.open(split) for split in ("train", "val"))
     num_classes, process = len(train_set.class_names), (accelerator.process_index, accelerator.num_processes)
@@ -290,7 +282,7 @@ def main(argv: list[str] | None = None, prog: str = "flowaug finetune") -> None:
         options = parse_options(FinetuneOptions, argv, prog, __doc__)
         keep_freed_memory()
         run = options.run
-        accelerator = create_accelerator(run.cpu, run.log_with, run.output, options.training.amp or "no")
+        accelerator = create_accelerator(run.cpu, run.log_with, run.output, options.training.amp)
         summary = finetune(options, accelerator)
         if summary is None:
             return

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from flowaug.data import ImageDataset, create_loader
 from flowaug.data.transforms import DataConfig, Preprocess, eval_transform, train_transform
 from flowaug.data.wds.dataset import StreamDataset
+from flowaug.evaluation.pictures import draw_augmented
 from flowaug.mixup.offline import AugmentedCopies
 from flowaug.mixup.transform import FlowMixupTransform
 from flowaug.training.options import ClassifierTrainingOptions, ClassifierTransformOptions, FlowAugOptions
@@ -148,6 +150,14 @@ def create_loaders(
         repeats=training.epoch_repeats,
     )
     return train, create_loader(val_set, eval_transform(config), batch_size, False, training.seed, workers, *process)
+
+
+def draw_before_after(flow_mixup: FlowMixupTransform, dataset, config: DataConfig, path: Path) -> None:
+    """Draw one image per class before and after flow mixup, at the size at which training images are loaded."""
+    images, labels = zip(*dataset.examples(), strict=True)
+    size = (config.input_size[0], *loaded_size(config, dataset))
+    transform = eval_transform(dataclasses.replace(config, input_size=size))
+    draw_augmented(flow_mixup, torch.stack([transform(image) for image in images]), torch.tensor(labels), path)
 
 
 def seed_step(seed: int, step: int, part: int, process_index: int, flow_mixup: FlowMixupTransform | None) -> None:

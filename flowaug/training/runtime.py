@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate.utils import AutocastKwargs, gather_object
+from torch import Tensor, nn
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
 _KEEP_BYTES = 2**30
@@ -43,6 +43,23 @@ def create_accelerator(cpu: bool, log_with: str | None, output: Path, precision:
     if log_with is not None and log_with not in usable:
         raise ValueError(f"--log-with {log_with} needs a package; pip install {log_with}, or leave the option out")
     return Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_dir=str(output))
+
+
+def requested_precision(accelerator: Accelerator) -> str:
+    """Return the mixed precision of an accelerator, or else of Accelerate's configuration: "no", "bf16", "fp16", ..."""
+    if accelerator.mixed_precision != "no":
+        return accelerator.mixed_precision
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+
+
+def prepare_in_float32(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Prepare a model for training on the accelerator's processes, without its mixed precision."""
+    settings = cast(Any, accelerator)
+    handler, settings.autocast_handler = settings.autocast_handler, AutocastKwargs(enabled=False)
+    try:
+        return settings.prepare_model(model)
+    finally:
+        settings.autocast_handler = handler
 
 
 def start_tracking(accelerator: Accelerator, project: str, options: dict) -> Callable[[dict, int], None]:

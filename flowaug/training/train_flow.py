@@ -45,6 +45,8 @@ from flowaug.training.runtime import (
     create_accelerator,
     keep_freed_memory,
     one_sentence_errors,
+    prepare_in_float32,
+    requested_precision,
     shell_command,
     start_tracking,
     sum_over_processes,
@@ -98,7 +100,7 @@ class FlowTraining:
         compare_processes(self.start, "steps to resume from")
         if self.start:
             accelerator.print(f"resuming {output} at step {self.start} of {steps}")
-        self.model, self.generator = accelerator.prepare(flow), torch.Generator(self.device)
+        self.model, self.generator = prepare_in_float32(accelerator, flow), torch.Generator(self.device)
         self.began = time.time()
 
     def run(self) -> None:
@@ -127,7 +129,7 @@ class FlowTraining:
         log_prob = self.model(x, y, self.options.gaussians.posterior_weight, soft)
         loss = self.flow.bits_per_dim(log_prob).mean()
 
-        self.accelerator.backward(loss)
+        loss.backward()  # not the accelerator's, which scales the loss for fp16
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -210,6 +212,8 @@ def train_flow(options: TrainFlowOptions, accelerator: Accelerator) -> Path | No
     _check_streams(options, sets["train"])
     flow = create(options.flow, sets["train"], options.training.seed)
     accelerator.print(flow_plan(options, flow, sets["train"], len(sets["val"]), accelerator))
+    if (precision := requested_precision(accelerator)) != "no":
+        accelerator.print(f"mixed precision {precision} does not apply to the flow: its exact inverse needs float32")
     if options.run.dry_run:
         return None
     identity = run_identity(options, sets["train"], sets["val"], accelerator.num_processes)

@@ -168,7 +168,9 @@ class ClassifierTrainingOptions(Options):
     clip_grad: float = option(1.0, "clip the gradient norm at this value", above=0)
     model_ema: bool = option(False, "evaluate and save an exponential moving average of the weights")
     model_ema_decay: float = option(0.9998, "decay of the moving average", above=0, below=1)
-    amp: Literal["bf16", "fp16"] | None = option(None, "mixed precision of the classifier")
+    amp: Literal["no", "bf16", "fp16"] | None = option(
+        None, "mixed precision of the classifier (default: what Accelerate is configured with, else no)"
+    )
     seed: int = option(0, "seed of weights, order and augmentation", at_least=0)
 
     def check(self) -> None:
