@@ -1,4 +1,4 @@
-"""File utilities: atomic writes, JSON, serialised tensors and markdown tables."""
+"""File utilities: lists of files, atomic writes, JSON, serialised tensors and markdown tables."""
 
 import hashlib
 import html
@@ -48,6 +48,27 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write a dictionary as indented JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and its subfolders, sorted; symbolic links to folders are followed.
+
+    A link to a folder that contains it is left out, since it has no end. Links to nothing are among the files.
+    """
+    found: list[Path] = []
+    _add_files(folder, frozenset(), found)
+    return sorted(found)
+
+
+def _add_files(folder: Path, above: frozenset[Path], found: list[Path]) -> None:
+    place = folder.resolve()
+    if place in above:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            _add_files(entry, above | {place}, found)
+        elif entry.is_file() or not entry.exists():  # neither pipes nor devices
+            found.append(entry)
 
 
 def file_digest(path: Path | None) -> str | None:

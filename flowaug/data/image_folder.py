@@ -9,6 +9,7 @@ import numpy as np
 from flowaug.data.class_map import check_class_counts
 from flowaug.data.image_files import IMAGE_SUFFIXES, check_readable, grey_or_rgb
 from flowaug.data.images import ImageDataset
+from flowaug.files import files_below
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "test")}
 
@@ -54,11 +55,11 @@ def _scan_classes(folder: Path) -> dict[str, list[Path]]:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
         raise ValueError(f"{str(folder)!r} has no class folders; expected one folder of images per class")
-    return {name: sorted(p for p in (folder / name).rglob("*") if _is_image(p)) for name in names}
+    return {name: [p for p in files_below(folder / name) if _is_image(p)] for name in names}
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def _check_same_classes(train: list[str], val: list[str], folder: Path) -> None:

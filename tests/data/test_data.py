@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_dataset
+from torchvision.datasets import ImageFolder
 
 from flowaug.data import ImageDataset, builtin, load_dataset, stack_images
 
@@ -161,6 +163,30 @@ def test_fingerprint_of_a_folder_depends_on_its_files_but_not_its_location(root)
     changed = load_dataset(data_dir=moved).fingerprint()
     (moved / "train" / "cat" / "1.png").rename(moved / "train" / "cat" / "1b.png")
     assert len({before, changed, load_dataset(data_dir=moved).fingerprint()}) == 3
+
+
+def test_linked_folders_and_files_count_as_in_timm(root, tmp_path):
+    write_images(tmp_path / "pool" / "deep", 3)
+    write_images(tmp_path / "kitten", 2)
+    (root / "train" / "cat" / "batch2").symlink_to(tmp_path / "pool")
+    (root / "train" / "cat" / "link.png").symlink_to(tmp_path / "pool" / "deep" / "0.png")
+    for part in ("train", "val"):
+        (root / part / "kitten").symlink_to(tmp_path / "kitten")
+    data = load_dataset(data_dir=root)
+    assert np.bincount(data.targets).tolist() == [3 + 3 + 1, 2, 2]
+    assert len(data) == len(create_dataset("", root=root / "train")) == len(ImageFolder(root / "train"))
+    assert len(load_dataset(data_dir=root, split="val")) == 4
+
+
+def test_a_link_to_a_folder_above_ends(root):
+    (root / "train" / "cat" / "loop").symlink_to(root / "train")
+    assert len(load_dataset(data_dir=root)) == 3 + 2 + 2  # the dogs are in train/cat/loop/ too
+
+
+def test_a_link_to_nothing_is_named(root):
+    (root / "train" / "cat" / "gone.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(ValueError, match=r"gone.png cannot be read as an image \(FileNotFoundError.*1 of 8 files"):
+        load_dataset(data_dir=root)
 
 
 def test_stack_images_keeps_order_and_pixels_and_ignores_the_transform():

@@ -223,6 +223,40 @@ def test_nothing_is_unpickled_and_other_files_are_not_read(tmp_path):
     assert [set(sample.files) for sample in read_shard(path)] == [{"png", "cls"}] * 3
 
 
+def repeated(path, count=3):
+    """Write a shard of ``count`` keys, each of two samples that follow each other: only the first has value k."""
+    samples = [[(f"{k:03d}", {"png": png(k), "cls": b"0"}), (f"{k:03d}", {"PNG": png(k + 90), "cls": b"1"})]
+               for k in range(count)]  # fmt: skip
+    return write_shard(path, [*itertools.chain(*samples), ("last", {"png": png(7), "cls": b"1"})])
+
+
+def test_of_samples_with_one_key_the_first_stays_as_in_timm_and_the_others_are_reported(tmp_path):
+    for split in ("train", "val"):
+        path = repeated(tmp_path / f"{split}-0.tar")
+        write_shard(tmp_path / f"{split}-1.tar", numbered_samples(100, 3, classes=2))
+    data = open_stream(tmp_path, "train")
+    names = [f"{path.with_name('train-0.tar')}:{k:03d} (2)" for k in range(3)]
+    assert (len(data), list(data.skipped)) == (7, names)
+    assert "it has the key of the sample before it" in data.skipped[names[0]]
+    data.skipped.clear()
+    images, labels = data.read_table((8, 8), 3)
+    assert number_of(images) == [0, 1, 2, 7, 100, 101, 102]
+    assert labels[:4].tolist() == [0, 0, 0, 1]
+    assert list(data.skipped) == names
+    assert count_skipped({"train": data})["train"]["samples"] == 3
+
+
+def test_shards_in_linked_folders_are_found(tmp_path):
+    write_split(tmp_path / "pool", "train", 2, 3)
+    write_split(tmp_path / "root", "val", 1, 3)
+    (tmp_path / "root" / "more").symlink_to(tmp_path / "pool")
+    (tmp_path / "root" / "more" / "back").symlink_to(tmp_path / "root")
+    assert [path.name for path in find_shards(tmp_path / "root")["train"].paths] == [
+        "train-000000.tar",
+        "train-000001.tar",
+    ]
+
+
 DAMAGES = [  # a header and a file have 512 bytes each, so a sample has 2048
     (lambda data: data[:1024], 0),  # truncated within the first sample
     (lambda data: data[: 2048 + 540], 1),  # truncated within an image

@@ -14,6 +14,7 @@ from braceexpand import braceexpand
 
 from flowaug.data.image_files import describe_error
 from flowaug.data.image_folder import find_split
+from flowaug.files import files_below
 
 SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "eval", "test")}
 
@@ -64,7 +65,7 @@ def find_shards(source: Path) -> dict[str, ShardSet]:
         info = next((source / name for name in ("_info.json", "info.json") if (source / name).is_file()), None)
         if info is not None:
             return _check_shards(_read_info(info), source)
-        paths = siblings = sorted(source.rglob("*.tar"))
+        paths = siblings = [path for path in files_below(source) if path.suffix == ".tar"]
     else:
         paths = _expand(source)
         siblings = sorted({shard for path in paths for shard in path.parent.glob("*.tar")})

@@ -25,6 +25,7 @@ IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 LABEL_KEYS = ("cls", "json", "txt")
 LABEL_FIELDS = ("label", "cls", "class", "target")  # fields of a JSON file, tried in this order
 DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError)  # exceptions raised by a damaged archive
+COUNTS_VERSION = 2  # of the cached counts
 BLOCK = 512  # bytes of a tar header
 
 
@@ -35,17 +36,24 @@ class Sample:
     Attributes:
         shard: the .tar file.
         key: path of the files in the shard, without their suffixes.
-        files: ``{suffix: contents}``.
+        files: ``{suffix: contents}``; of several files with one suffix the first, as in timm.
+        repeats: number of further files with the suffix of an earlier one: samples that have the same key.
     """
 
     shard: Path
     key: str
     files: dict[str, bytes]
+    repeats: int = 0
 
     @property
     def name(self) -> str:
         """The shard and the key."""
         return f"{self.shard}:{self.key}"
+
+    def repeat_faults(self) -> dict[str, str]:
+        """Return the names and errors of the samples that were left out because they have this one's key."""
+        message = "it has the key of the sample before it; give every sample of a shard its own key"
+        return {f"{self.name} ({number})": message for number in range(2, self.repeats + 2)}
 
     def label_name(self, field: str | None = None) -> str:
         """Return the label of the label file as text: a number or a class name.
@@ -127,20 +135,26 @@ def read_shard(path: Path, pixels: bool = True) -> Iterator[Sample]:
     """
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for key, group in itertools.groupby(_members(tar), lambda member: member[0]):
-            files = {}
+            files, met = {}, Counter()
             for _, suffix, header in group:
+                if suffix in LABEL_KEYS + IMAGE_KEYS:
+                    met[suffix] += 1
+                if suffix in files:
+                    continue
                 if suffix in LABEL_KEYS or (suffix in IMAGE_KEYS and pixels):
                     files[suffix] = cast(IO[bytes], tar.extractfile(header)).read()
                 elif suffix in IMAGE_KEYS:
                     files[suffix] = b""
-            yield Sample(path, key, files)
+            yield Sample(path, key, files, max(met.values(), default=1) - 1)
 
 
 def read_shards(paths: Sequence[Path], skipped: dict[str, str]) -> Iterator[Sample]:
-    """Yield the samples of several shards; damaged shards end early and are added to ``skipped``."""
+    """Yield the samples of several shards; add damaged shards, which end early, and repeated keys to ``skipped``."""
     for path in paths:
         try:
-            yield from read_shard(path)
+            for sample in read_shard(path):
+                skipped.update(sample.repeat_faults())
+                yield sample
         except DAMAGE as error:
             skipped[str(path)] = describe_error(error)
 
@@ -212,6 +226,7 @@ def _count_shard(path: Path, field: str | None) -> tuple[Counter, dict[str, str]
     labels, faults = Counter(), {}
     try:
         for sample in read_shard(path, pixels=False):
+            faults.update(sample.repeat_faults())
             try:
                 sample.image_key()
                 labels[sample.label_name(field)] += 1
@@ -224,7 +239,7 @@ def _count_shard(path: Path, field: str | None) -> tuple[Counter, dict[str, str]
 
 def _cache_key(shards: ShardSet) -> str:
     files = [(str(path.resolve()), *_size_and_mtime(path)) for path in shards.paths]
-    return hashlib.sha256(repr((files, shards.field)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((COUNTS_VERSION, files, shards.field)).encode()).hexdigest()[:16]
 
 
 def _size_and_mtime(path: Path) -> tuple[int, int]:
