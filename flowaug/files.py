@@ -45,9 +45,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    r"""Write a text as UTF-8, atomically; bytes of names that are not UTF-8 become ``\udc..``, as in JSON."""
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write a dictionary as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def printable(text: object) -> str:
+    r"""Return a text that can be drawn; bytes of names that are not UTF-8 become ``\udc..``."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -1,11 +1,13 @@
-"""Small flows that several tests share."""
+"""Small flows and image folders that several tests share."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors gain nothing from threads
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowaug import ClasswisePCA, GaussianParameters, create_flow
 from flowaug.training import resume as state
@@ -43,6 +45,19 @@ def make_pca(flow, per_class=12, rank=4, seed=1):
     x = torch.rand(flow.gaussians.num_classes, per_class, *flow.event_shape, generator=generator)
     with torch.no_grad():
         return ClasswisePCA.fit([flow.encode(images)[0] for images in x], rank)
+
+
+def write_photos(root, names):
+    """Write an image folder of RGB images of mixed sizes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(names):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (20 + i, 24, 3), dtype=np.uint8) + 50 * (label % 4)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
 
 
 class Killed(BaseException):

@@ -1,11 +1,12 @@
 import json
+import os
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from flowaug.files import markdown_table, pack, write_atomic, write_json
+from flowaug.files import markdown_table, pack, printable, write_atomic, write_json, write_text
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -32,6 +33,16 @@ def test_json_round_trip(tmp_path):
     assert json.loads(text) == value
     assert "Käfer" in text
     assert text.endswith("}\n")
+
+
+def test_names_that_are_not_utf8_survive_in_json_and_can_be_drawn(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "value.json", {"names": [name, "Käfer"]})
+    assert json.loads((tmp_path / "value.json").read_text(encoding="utf-8")) == {"names": [name, "Käfer"]}
+    write_text(tmp_path / "README.md", f"# {name}")
+    assert (tmp_path / "README.md").read_bytes() == rb"# caf\udce9"
+    assert printable(name) == r"caf\udce9"
+    assert printable("Käfer") == "Käfer"
 
 
 def test_pack_round_trip(tmp_path):

@@ -13,7 +13,7 @@ from flowaug.evaluation.metrics import fid
 from flowaug.evaluation.oracle import Oracle
 from flowaug.evaluation.pictures import drawn_plan, fixed_plan
 from flowaug.evaluation.plots import curves
-from flowaug.files import markdown_table, write_atomic, write_json
+from flowaug.files import markdown_table, write_json, write_text
 from flowaug.mixup.plan import MixPlan
 from flowaug.mixup.transform import FlowMixupTransform
 
@@ -148,7 +148,7 @@ def write_report(report: dict, class_names: Sequence[str], folder: Path, title: 
         The path of ``labels.md``.
     """
     write_json(folder / "labels.json", {"title": title, "class_names": list(class_names), **report})
-    write_atomic(folder / "labels.md", _markdown(report, class_names, title).encode())
+    write_text(folder / "labels.md", _markdown(report, class_names, title))
 
     weights = [row["weight"] for row in report["weights"]]
     series = {

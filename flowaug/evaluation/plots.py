@@ -14,7 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torchvision.utils import make_grid
 
-from flowaug.files import write_atomic
+from flowaug.files import printable, write_atomic
 
 DPI = 100
 CELL = 48  # minimum side of an image in a grid, in pixels
@@ -109,8 +109,8 @@ def curves(series: Mapping[str, tuple], path, xlabel="step", ylabel=None, title=
     for i, (name, (xs, ys)) in enumerate(series.items()):
         panel = panels[0 if ylabel else i]
         style = {"color": COLOURS[i % len(COLOURS)], "marker": "o" if len(xs) < 20 else None, "ms": 3.5}
-        panel.plot(xs, ys, label=name, **style)
-        panel.set_title(None if ylabel else name, fontsize=FONT + 1, color=INK, parse_math=False)
+        panel.plot(xs, ys, label=printable(name), **style)
+        panel.set_title(None if ylabel else printable(name), fontsize=FONT + 1, color=INK, parse_math=False)
     for panel in panels:
         _style_axes(panel, xlabel, ylabel)
         if all(float(x).is_integer() for line in panel.lines for x in line.get_xdata()):
@@ -147,14 +147,14 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], path, xla
     for panel, (group, rows) in zip(axes, panels.items(), strict=False):
         _draw_intervals(panel, rows)
         _style_axes(panel, xlabel, None)
-        panel.set_title(group, fontsize=FONT + 1, color=INK, parse_math=False)
+        panel.set_title(printable(group), fontsize=FONT + 1, color=INK, parse_math=False)
     _add_title(figure, title)
     return _save(figure, Path(path))
 
 
 def _add_title(figure: Figure, title: str | None) -> None:
     if title:
-        wrapped = textwrap.fill(title, int(figure.get_figwidth() * DPI) // TITLE_PIXELS)
+        wrapped = textwrap.fill(printable(title), int(figure.get_figwidth() * DPI) // TITLE_PIXELS)
         figure.suptitle(wrapped, fontsize=TITLE_FONT, fontweight="bold", color=INK, parse_math=False)
 
 
@@ -196,13 +196,13 @@ def scatter(points: np.ndarray, labels: Sequence[int], names: Sequence[str], pat
         _legend(panel, loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns, handletextpad=0.3)
     if title:
         style = {"fontsize": TITLE_FONT, "fontweight": "bold", "color": INK}
-        panel.set_title(textwrap.fill(title, 70), loc="left", pad=10, parse_math=False, **style)
+        panel.set_title(textwrap.fill(printable(title), 70), loc="left", pad=10, parse_math=False, **style)
     return _save(figure, Path(path))
 
 
 def _draw_class(panel, points: np.ndarray, k: int, name: str, named: bool) -> None:
     colour, marker = CLASS_COLOURS[k % len(CLASS_COLOURS)], MARKERS[k // len(CLASS_COLOURS) % len(MARKERS)]
-    label = textwrap.fill(name, 18)
+    label = textwrap.fill(printable(name), 18)
     panel.scatter(*points.T, s=20, alpha=0.75, lw=0, c=colour, marker=marker, label=label)
     if named:
         style = {"fontsize": FONT + 1, "fontweight": "bold", "ha": "center", "va": "center"}
@@ -231,7 +231,7 @@ def _check_labels(labels: Sequence[str] | None, count: int, kind: str) -> list[s
         return []
     if len(labels) != count:
         raise ValueError(f"got {len(labels)} {kind} labels for {count} {kind}s of images; expected one per {kind}")
-    return [textwrap.fill(str(label), 18) for label in labels]
+    return [textwrap.fill(printable(label), 18) for label in labels]
 
 
 def _readable_scale(height: int, width: int, labels: list[str]) -> int:
@@ -265,7 +265,7 @@ def _draw_grid(canvas, lefts, cell, row_labels, column_labels, title, path: Path
     """Place the canvas and its labels at whole pixels, so that nothing is resampled."""
     left = MARGIN + max((_text_size(label)[0] + 8 for label in row_labels), default=0)
     width = left + max(canvas.shape[1], 2 * WIDEST_CELL * bool(title)) + MARGIN
-    title = textwrap.fill(title or "", (width - left) // TITLE_PIXELS)
+    title = textwrap.fill(printable(title or ""), (width - left) // TITLE_PIXELS)
     top = MARGIN + canvas.shape[0]  # matplotlib measures y from the bottom
     above = max((_text_size(label)[1] + 6 for label in column_labels), default=0)
     height = top + above + (_text_size(title, TITLE_FONT, "bold")[1] + 12 if title else 0) + MARGIN

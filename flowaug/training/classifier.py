@@ -96,8 +96,8 @@ def write_classifier(
         "model_args": model_args,
         "pretrained_cfg": asdict(config) | layers | {"num_classes": len(class_names)},
     }
+    write_atomic(folder / WEIGHTS, pack(model.state_dict()))  # first: nothing that fails later can lose them
     write_json(folder / CONFIG, content)
-    write_atomic(folder / WEIGHTS, pack(model.state_dict()))
 
 
 def _create_model(name: str, keywords: dict[str, Any]) -> nn.Module:

@@ -183,12 +183,13 @@ class Training:
         if self.main:
             final = self.accelerator.unwrap_model(self.model) if self.averaged is None else self.averaged.module
             write_classifier(output, final, model_args, config, dataset.class_names)
-            self.log.plot(["train_loss", "top1"], f"{model} on {dataset.name}")
-            if self.flow_mixup is not None:
-                self.log.note("flow_aug", self.flow_mixup.counts)
-                draw_before_after(self.flow_mixup, dataset, config, output / "augmented.png")
+        if self.flow_mixup is not None:
+            self.log.note("flow_aug", self.flow_mixup.counts)
         summary = self.log.finish(model=model, seconds=round(seconds, 1), steps=self.log.last["step"])
         if self.main:
+            self.log.plot(["train_loss", "top1"], f"{model} on {dataset.name}")
+            if self.flow_mixup is not None:
+                draw_before_after(self.flow_mixup, dataset, config, output / "augmented.png")
             mark_finished(output, self.state.identity)
             self.state.discard()
         return summary

@@ -7,7 +7,7 @@ from typing import Any
 from flowaug.data import ImageDataset
 from flowaug.data.wds.dataset import StreamDataset
 from flowaug.evaluation.pictures import draw_flow
-from flowaug.files import markdown_table, pack, write_atomic
+from flowaug.files import markdown_table, pack, write_atomic, write_text
 from flowaug.flows.checkpoint import save_flow
 from flowaug.flows.flow import Flow
 from flowaug.flows.passes import ImageTable
@@ -49,7 +49,7 @@ def write_flow_folder(
     summary = log.finish(train_images=len(train), val_images=len(val))
     log.plot(["bits_per_dim", "nf_acc"], f"{dataset.name}: flow on the validation set")
     draw_flow(flow, pca, val, folder)
-    write_atomic(folder / "README.md", model_card(flow, pca, dataset.name, options, summary).encode())
+    write_text(folder / "README.md", model_card(flow, pca, dataset.name, options, summary))
 
 
 def model_card(flow: Flow, pca: ClasswisePCA, dataset: str, options: dict[str, Any], summary: dict[str, Any]) -> str:

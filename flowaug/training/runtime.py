@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import platform
 import shlex
@@ -144,6 +145,8 @@ def compare_processes(value: Any, what: str) -> None:
 @contextlib.contextmanager
 def one_sentence_errors(prog: str) -> Iterator[None]:
     """End the program with "prog: message" and exit code 1 on an error that a user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # or a name that is not UTF-8 would end the program
     try:
         yield
     except StoppedError as stopped:

@@ -22,7 +22,7 @@ from flowaug.flows.checkpoint import CONFIG, WEIGHTS, find_flow
 from flowaug.training import finetune, flow_source, train_flow
 from flowaug.training import resume as state
 from flowaug.training.options import FlowTrainingOptions
-from tests.conftest import finetune_options
+from tests.conftest import finetune_options, write_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_FLOW = [
@@ -59,15 +59,7 @@ QUICK = [
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Three classes of RGB images of mixed sizes."""
-    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for label, name in enumerate(("ant", "bee", "cat")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 100, (20 + i, 24, 3), dtype=np.uint8) + 50 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return root
+    return write_photos(tmp_path_factory.mktemp("photos"), ("ant", "bee", "cat"))
 
 
 @pytest.fixture(scope="module")
