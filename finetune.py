@@ -1,8 +1,6 @@
 """Fine-tune a timm model: ``flowaug finetune`` as a script."""
 
-from flowaug.training.finetune import Training, main
-
-__all__ = ["Training", "main"]
-
 if __name__ == "__main__":
-    main(prog="finetune.py")
+    from flowaug.cli.train import run_script
+
+    run_script("finetune", prog="finetune.py")

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from flowaug.cli.threads import set_up_threads
+
 SUMMARIES = {
     "train-flow": "train a flow on your images",
     "finetune": "fine-tune a timm model, with or without flow augmentation",
@@ -14,7 +16,7 @@ def add_commands(commands) -> None:
         commands.add_parser(name, help=summary, add_help=False)
 
 
-def training_command(name: str) -> Callable[[list[str]], None] | None:
+def training_command(name: str) -> Callable[..., None] | None:
     """Return the main function of a training command; None for other commands."""
     if name == "train-flow":
         from flowaug.training.train_flow import main
@@ -25,3 +27,11 @@ def training_command(name: str) -> Callable[[list[str]], None] | None:
 
         return main
     return None
+
+
+def run_script(command: str, prog: str) -> None:
+    """Run a training command with the arguments of the program, as the script ``prog``."""
+    set_up_threads()  # before the import of torch
+    training = training_command(command)
+    assert training is not None
+    training(prog=prog)
