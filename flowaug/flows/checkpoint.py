@@ -54,6 +54,15 @@ def save_flow(flow: Flow, folder: str | Path, pca: ClasswisePCA | None = None, *
         ValueError: if the flow is frozen or was not made by ``create_flow``, or ``extra`` has a key or value that
             ``load_flow`` would refuse.
         OSError: if a file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from flowaug import create_flow
+        >>> flow = create_flow("mef_tiny", event_shape=(1, 8, 8), num_classes=3, hidden=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_flow(flow, folder, class_names=["ant", "bee", "cat"])
+        ...     load_flow(path).class_names
+        ('ant', 'bee', 'cat')
     """
     if flow.frozen:
         raise ValueError("this flow is frozen and its parameters are fused; save the flow it was frozen from")
@@ -103,6 +112,11 @@ def load_flow(source: str | Path, device: torch.device | str = "cpu") -> Flow:
     Raises:
         FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
         ValueError: if the checkpoint is damaged or not that of a flow.
+
+    Example:
+        >>> flow = load_flow("digits")
+        >>> flow.event_shape, flow.num_classes
+        ((1, 8, 8), 10)
     """
     folder = find_flow(source)
     config, path = parse_config(folder / CONFIG), folder / WEIGHTS
@@ -123,6 +137,10 @@ def load_pca(source: str | Path, device: torch.device | str = "cpu") -> Classwis
     Raises:
         FileNotFoundError: if there is no such checkpoint, or it has no PCA.
         ValueError: if the checkpoint is damaged or not that of a flow.
+
+    Example:
+        >>> load_pca("digits").axes.shape  # classes, principal components, dimensions of the latents
+        torch.Size([10, 32, 64])
     """
     folder = find_flow(source)
     config, path = parse_config(folder / CONFIG), folder / PCA

@@ -9,7 +9,12 @@ HUB_FORM = "hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION"
 
 
 def list_pretrained() -> list[str]:
-    """Return the names of the trained flows that are bundled with the package."""
+    """Return the names of the trained flows that are bundled with the package.
+
+    Example:
+        >>> list_pretrained()
+        ['digits', 'fashion_mnist']
+    """
     return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
 
 
