@@ -115,7 +115,7 @@ def load_flow(source: str | Path, device: torch.device | str = "cpu") -> Flow:
 
     Example:
         >>> flow = load_flow("digits")
-        >>> flow.event_shape, flow.num_classes
+        >>> flow.event_shape, flow.gaussians.num_classes
         ((1, 8, 8), 10)
     """
     folder = find_flow(source)
