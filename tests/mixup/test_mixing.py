@@ -137,6 +137,8 @@ def test_policy_per_class(latents):
     assert mixed[label == 2].all()
     extreme = (plan.weight[label == 1][:, 0] - 0.5).abs() > 0.45
     assert extreme.float().mean() > 0.5  # most of Beta(0.1, 0.1) is near 0 and 1
+    extreme = (plan.weight[label == 2][:, 0] - 0.5).abs() > 0.45
+    assert extreme.float().mean().item() == pytest.approx(0.1, abs=0.05)  # Beta(1, 1) is uniform
 
 
 def test_class_with_one_sample_has_no_partner():

@@ -102,12 +102,25 @@ def test_the_written_configuration_is_that_of_the_model(tmp_path):
     assert list(theirs["std"]) == pytest.approx(written["std"])
 
 
-def test_the_weights_written_are_the_averaged_ones(tmp_path):
-    for name, decay in (("last", None), ("first", "0.999999")):
-        ema = ["--model-ema", "--model-ema-decay", decay] if decay else []
-        finetune.main([*CLASSIFIER, "--steps", "3", "--save-every", "3", *ema, "--output", str(tmp_path / name)])
-    last, first = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "first"))
-    assert any(not torch.equal(last[key], first[key]) for key in last)
+def test_the_averaged_weights_are_evaluated_and_written(tmp_path, monkeypatch):
+    evaluated, name = {}, "fc.weight"
+
+    def keep(model, *arguments):
+        evaluated.update({key: value.clone() for key, value in model.state_dict().items()})
+        return accuracy(model, *arguments)
+
+    monkeypatch.setattr(finetune, "accuracy", keep)
+    runs = {"2": [], "3": [], "averaged": ["--steps", "3", "--model-ema", "--model-ema-decay", "0.5"]}
+    weights = {}
+    for steps, ema in runs.items():
+        length = ["--steps", "3" if ema else steps, "--sched", "step", "--decay-rate", "1", "--warmup-ratio", "0"]
+        finetune.main([*CLASSIFIER, *length, *ema, "--output", str(tmp_path / steps)])
+        weights[steps] = load_file(tmp_path / steps / "model.safetensors")
+    assert weights["averaged"].keys() == evaluated.keys()
+    assert all(torch.equal(evaluated[key], value) for key, value in weights["averaged"].items())
+    assert weights["averaged"][name].sub(weights["3"][name]).abs().max() > 1e-6
+    decay = 1 - 2 ** (-2 / 3)  # timm warms the decay up: 0 at the first two steps
+    torch.testing.assert_close(weights["averaged"][name], decay * weights["2"][name] + (1 - decay) * weights["3"][name])
 
 
 def test_the_plan_has_the_memory_and_the_time_of_the_cost(tmp_path, capsys):
