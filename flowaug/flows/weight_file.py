@@ -23,9 +23,24 @@ from flowaug.latents.gaussians import check_parameters
 AGAIN = "copy the whole folder again or train the flow again"
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 DTYPES = {torch.float32: FLOATS, torch.float64: FLOATS, torch.int64: {"I64"}, torch.bool: {"BOOL"}}
+LARGEST = 1e10  # of an entry; trained flows stay below 1e3, and products of larger ones overflow float32
+PROBED = 16  # class means, about
 COUNTS = ("steps", "couplings", "depth", "layers", "blocks", "num_levels")  # at least one tensor for each
 # what a constructor raises for values that do not suit it
-BUILD_ERRORS = (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError)
+BUILD_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+)
+
+
+class _LargerFlowError(ValueError):
+    """The config describes more than the weight file holds."""
 
 
 class Entry(NamedTuple):
@@ -92,6 +107,8 @@ def build_flow(path: Path, config: Mapping[str, Any], header: Mapping[str, Entry
     try:
         with _bounded(path, header):
             flow = _create(config)
+    except _LargerFlowError:
+        raise
     except BUILD_ERRORS as error:
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(
@@ -151,7 +168,7 @@ def _bounded(path: Path, header: Mapping[str, Entry]) -> Iterator[None]:
         left[0] -= 1
         left[1] -= parameter.numel()
         if min(left) < 0:
-            raise ValueError(
+            raise _LargerFlowError(
                 f"{path.parent / CONFIG} describes a larger flow than {path.name} with {len(header)} tensors: the two "
                 f"files do not belong together; {AGAIN}"
             )
@@ -191,8 +208,8 @@ def fill(path: Path, flow: Flow, tensors: Mapping[str, Tensor]) -> None:
         tensors: the tensors of the file.
 
     Raises:
-        ValueError: if a value is not finite, a variance is not positive, an order is no permutation, or the flow maps
-            to values that are not finite.
+        ValueError: if a value is not finite or too large, a variance is not positive, an order is no permutation, or
+            the flow maps to values that are not finite.
     """
     if flow.gaussians.mean.is_meta:
         flow.to_empty(device="cpu")
@@ -200,8 +217,11 @@ def fill(path: Path, flow: Flow, tensors: Mapping[str, Tensor]) -> None:
     flow.eval().requires_grad_(False)
 
     for name, tensor in flow.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} has entries that are not finite, expected finite float32; {AGAIN}")
+        if tensor.is_floating_point() and tensor.numel() and not tensor.abs().max() <= LARGEST:
+            raise ValueError(
+                f"{path}: {name} has entries that are not finite or beyond ±{LARGEST:.0e}, expected the weights of a "
+                f"trained flow; {AGAIN}"
+            )
     try:
         check_parameters(flow.gaussians.mean, flow.gaussians.variance)
     except ValueError as error:
@@ -231,16 +251,17 @@ def _check_order(path: Path, name: str, module: nn.Module) -> None:
 
 @torch.no_grad()
 def _probe(path: Path, flow: Flow) -> None:
-    """Check that a grey image and the mean of the first class are mapped to finite values."""
-    event = torch.full((1, *flow.event_shape), 0.5)
+    """Check that a random event and some class means are mapped to finite values."""
+    event = torch.rand(1, *flow.event_shape, generator=torch.Generator().manual_seed(0))
+    means = flow.gaussians.mean[:: max(1, flow.gaussians.num_classes // PROBED)]
     try:
         latent, ladj = flow.encode(event)
-        results = (latent, ladj, flow.decode(flow.gaussians.mean[:1]))
+        results = (latent, ladj, flow.gaussians.log_joint(latent), flow.decode(means))
         finite = all(bool(torch.isfinite(result).all()) for result in results)
     except RuntimeError:  # a linear solver without a solution
         finite = False
     if not finite:
         raise ValueError(
-            f"{path}: the flow maps a grey image or a class mean to values that are not finite, so its weights are "
+            f"{path}: the flow maps a random event or a class mean to values that are not finite, so its weights are "
             f"damaged or its training diverged; {AGAIN}"
         )

@@ -11,6 +11,7 @@ from flowaug.latents.pca import ClasswisePCA
 AGAIN = "copy the whole folder again or train the flow again"
 DTYPES = {"axes": ("F32",), "variance": ("F32",), "mean": ("F32",), "coords": ("F16", "F32"), "offsets": ("I64",)}
 NDIM = {"axes": 3, "variance": 2, "mean": 2, "coords": 2, "offsets": 1}
+LARGEST = 1e6  # of a class mean; the coordinates relative to it are float16, at most 65504
 TOLERANCE = 1e-3  # float32 axes of 20,000 dimensions are orthonormal to 1e-5
 
 
@@ -68,6 +69,7 @@ def read_pca(path: Path, tensors: Mapping[str, Tensor]) -> ClasswisePCA:
     faults = {
         f"{', '.join(infinite)} not finite": bool(infinite),
         "a class without samples": bool((pca.count < 1).any()),
+        f"means beyond ±{LARGEST:.0e}": bool((pca.mean.abs() > LARGEST).any()),
         "a negative variance": bool((pca.variance < 0).any()),
         "variances that are not in descending order": bool(
             (pca.variance.diff() > TOLERANCE * pca.variance[:, :-1]).any()

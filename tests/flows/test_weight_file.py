@@ -75,6 +75,7 @@ SIZES = [
     {"overrides": {"steps": 1, "hidden": None, "blocks": [None]}},
     {"overrides": {"steps": 1, "hidden": 8, "coupling": "x"}},
     {"overrides": {"nothing": 1}},
+    {"architecture": "none"},
     {"architecture": "jet_tiny"},
     {"architecture": "vector_tiny"},
 ]
@@ -85,8 +86,9 @@ def test_sizes_are_bounded_by_the_weight_file_before_anything_is_allocated(folde
     """Nothing leaves the meta device: ``to_empty`` and reading the file are the only ways to memory."""
     edit(folder, class_names=..., **changes)
     monkeypatch.setattr("flowaug.flows.checkpoint.read_tensors", lambda *_: pytest.fail("the file was read"))
-    with pytest.raises(ValueError, match=r"overrides|larger flow|do not fit|class means|coupling"):
+    with pytest.raises(ValueError, match=r"overrides|larger flow|do not fit|class means|coupling") as error:
         load_flow(folder)
+    assert str(folder) in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04]", b"x" * 100, b"PK\x03\x04" * 50])

@@ -24,6 +24,7 @@ CHANGES = [
     (put("variance", lambda t: -t), "negative variance"),
     (put("variance", lambda t: t.flip(1)), "not in descending order"),
     (put("mean", one_nan), "mean not finite"),
+    (put("mean", lambda t: t + 1e30), r"means beyond ±1e\+06"),
     (put("coords", one_nan), "coords not finite"),
     (put("offsets", all_partners_to_the_first_class), "class without samples"),
     (put("offsets", lambda t: t - 5), "offsets must be non-decreasing"),
