@@ -1,12 +1,16 @@
 """File utilities: lists of files, atomic writes, JSON, serialised tensors and markdown tables."""
 
+import contextlib
+import glob
 import hashlib
 import html
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors.torch import save as save_bytes
 from torch import Tensor
@@ -14,15 +18,22 @@ from torch import Tensor
 BLOCK = 2**20  # bytes read at a time
 
 
-def temporary_name(path: Path) -> Path:
-    """Return the name under which a file is written until it is complete."""
-    return path.with_name(f".{path.name}.tmp")
+def leftovers(path: Path) -> list[Path]:
+    """Return the temporary files that killed processes left of writing ``path``."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}*.tmp"))
+
+
+def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """Create a file with an unpredictable name next to ``path``; never opens a file or link that is there already."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    return temporary, os.fdopen(handle, "wb")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file atomically: a reader sees the old or the new content, never a partial file.
 
-    The data goes to a temporary file in the same folder, which is then renamed.
+    The data goes to a new temporary file in the same folder, which is then renamed. After an error it is removed.
 
     Args:
         path: target file; missing parent folders are created.
@@ -31,10 +42,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: if the file cannot be written. The old file is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    temporary = None
     try:
-        with temporary.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, opened = _create_temporary(path)
+        with opened as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -42,7 +54,9 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         raise OSError(f"could not write {path} ({error.strerror}); free some space or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # or it would hide the error
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,10 +123,24 @@ def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) 
     return save_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Iterable]) -> str:
-    r"""Format a markdown table.
+def markdown_text(value: object) -> str:
+    r"""Escape text for one line of markdown, such as a title or a cell of a table.
 
-    In every cell ``&``, ``<`` and ``>`` become HTML entities, ``|`` becomes ``\|`` and a newline becomes a space.
+    ``&``, ``<`` and ``>`` become HTML entities; a backslash is put before ``\``, ``|``, ``[``, ``]`` and backticks;
+    line breaks and control characters become spaces.
+
+    Args:
+        value: converted with ``str``.
+    """
+    text = html.escape(" ".join(str(value).splitlines()), quote=False)
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
+    return re.sub(r"([\\|\[\]`])", r"\\\1", text)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Iterable]) -> str:
+    """Format a markdown table.
+
+    Every cell is escaped with ``markdown_text``.
 
     Args:
         header: column titles.
@@ -122,9 +150,4 @@ def markdown_table(header: Sequence[str], rows: Iterable[Iterable]) -> str:
         The lines of the table, without a final newline.
     """
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(_escape_cell, line)) + " |" for line in lines)
-
-
-def _escape_cell(cell: object) -> str:
-    text = html.escape(str(cell), quote=False).replace("|", "\\|")
-    return re.sub(r"\r\n|\r|\n", " ", text)
+    return "\n".join("| " + " | ".join(map(markdown_text, line)) + " |" for line in lines)

@@ -6,7 +6,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from flowaug.files import markdown_table, pack, printable, write_atomic, write_json, write_text
+from flowaug.files import (
+    leftovers,
+    markdown_table,
+    markdown_text,
+    pack,
+    printable,
+    write_atomic,
+    write_json,
+    write_text,
+)
 
 
 def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
@@ -68,6 +77,12 @@ CELLS = [
     ("two\nlines", "two lines"),
     ("two\r\nlines", "two lines"),
     ('"quoted"', '"quoted"'),
+    ("a\\|b", "a\\\\\\|b"),
+    ("`code`", "\\`code\\`"),
+    ("![x](http://a/b.png)", "!\\[x\\](http://a/b.png)"),
+    ("a\u2028# b\x0bc", "a # b c"),
+    ("\x1b[2J", " \\[2J"),
+    ("caf\udce9", "caf "),
 ]
 
 
@@ -75,3 +90,55 @@ CELLS = [
 def test_markdown_table_escapes_cells(cell, escaped):
     lines = markdown_table([cell], [[cell]]).split("\n")
     assert lines == [f"| {escaped} |", "| --- |", f"| {escaped} |"]
+
+
+def test_text_that_needs_no_escape_is_unchanged():
+    assert markdown_text("Käfer 3 (α_1)*") == "Käfer 3 (α_1)*"
+
+
+def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)  # as if the attacker had guessed it
+    for name in (".file.tmp", f".file.{'0' * 16}.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(OSError, match=r"could not write .*file \(File exists\)"):
+        write_atomic(tmp_path / "file", b"attack")
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_planted_link_at_the_target_is_replaced(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "file").symlink_to(victim)
+    write_atomic(tmp_path / "file", b"data")
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "file").is_symlink()
+
+
+def test_temporary_names_differ_and_are_removed_after_any_error(tmp_path, monkeypatch):
+    names = []
+
+    def interrupted(*_):
+        names.extend(path.name for path in leftovers(tmp_path / "file"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            write_atomic(tmp_path / "file", b"data")
+    assert len(set(names)) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_files_have_the_permissions_of_the_umask(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomic(tmp_path / "file", b"")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match=r"could not write .*choose another folder"):
+        write_atomic(tmp_path / "file" / "below", b"")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flowaug.files import pack, temporary_name, write_atomic, write_json
+from flowaug.files import leftovers, pack, write_atomic, write_json
 from flowaug.training.runtime import StoppedError, StopRequest
 
 LOCK_TIMEOUT_S = 10  # the data loader workers of a killed run notice it after 5 seconds
@@ -234,7 +234,7 @@ class TrainingState:
 
     def discard(self) -> None:
         """Remove the states of a run that has finished, and partial files of a killed one."""
-        for leftover in (self.path, self.previous, temporary_name(self.path)):
+        for leftover in (self.path, self.previous, *leftovers(self.path)):
             leftover.unlink(missing_ok=True)
 
 

@@ -169,7 +169,8 @@ def test_a_killed_finetune_resumes_to_the_same_weights(photos, trained, tmp_path
     options = ["--data-dir", str(photos), *extras, *QUICK, "--steps", "5", "--batch-size", "10"]  # two steps an epoch
     finetune.main([*options, "--output", str(tmp_path / "whole")])
     assert killed_at(3, finetune.main, [*options, "--output", str(tmp_path / "cut")]) == [1, 2, 3]
-    (tmp_path / "cut" / ".state.safetensors.tmp").write_bytes(b"half")  # as a kill in the middle of writing leaves
+    leftover = tmp_path / "cut" / ".state.safetensors.0123456789abcdef.tmp"
+    leftover.write_bytes(b"half")  # as a kill in the middle of writing leaves
     finetune.main([*options, "--workers", "1", "--output", str(tmp_path / "cut")])
     for name in ("model.safetensors", "metrics.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
