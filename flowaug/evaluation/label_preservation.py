@@ -13,7 +13,7 @@ from flowaug.evaluation.metrics import fid
 from flowaug.evaluation.oracle import Oracle
 from flowaug.evaluation.pictures import drawn_plan, fixed_plan
 from flowaug.evaluation.plots import curves
-from flowaug.files import markdown_table, write_json, write_text
+from flowaug.files import markdown_table, markdown_text, write_json, write_text
 from flowaug.mixup.plan import MixPlan
 from flowaug.mixup.transform import FlowMixupTransform
 
@@ -164,9 +164,10 @@ def _markdown(report: dict, class_names: Sequence[str], title: str) -> str:
     columns = ["original", *(f"w = {row['weight']:g}" for row in report["weights"]), "as drawn"]
     by_class = [report["original"]["per_class"], *(row["per_class"] for row in rows)]
     lines = [(name, *(_format(values[k]) for values in by_class)) for k, name in enumerate(class_names)]
-    return f"""# Label preservation: {title}
+    oracle = markdown_text(report["oracle"])
+    return f"""# Label preservation: {markdown_text(title)}
 
-Accuracy of a reference classifier ({report["oracle"]}) on {report["images"]} images, before and after mixing each image
+Accuracy of a reference classifier ({oracle}) on {report["images"]} images, before and after mixing each image
 with a random training image of its class. w is the weight of the partner; in "as drawn" the weights are drawn as in
 training.
 

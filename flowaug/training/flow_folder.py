@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from flowaug.data import ImageDataset
 from flowaug.data.wds.dataset import StreamDataset
 from flowaug.evaluation.pictures import draw_flow
-from flowaug.files import markdown_table, pack, write_atomic, write_text
+from flowaug.files import markdown_table, markdown_text, pack, write_atomic, write_text
 from flowaug.flows.checkpoint import save_flow
 from flowaug.flows.flow import Flow
 from flowaug.flows.passes import ImageTable
@@ -56,7 +58,12 @@ def model_card(flow: Flow, pca: ClasswisePCA, dataset: str, options: dict[str, A
     """Return the model card of a flow as markdown: what it is, its metrics, its options and how to use it."""
     parameters = sum(p.numel() for p in flow.parameters())
     metrics = markdown_table(("metric", "value"), ((name, _show(value)) for name, value in summary.items()))
-    return f"""# Flow for {dataset}
+    facts = {"library_name": "flowaug", "model_name": f"Flow for {dataset}", "tags": ["normalizing-flow"]}
+    return f"""---
+{yaml.safe_dump(facts, default_style='"', width=10**9).strip()}
+---
+
+# Flow for {markdown_text(dataset)}
 
 A conditional normalizing flow `{flow.config["architecture"]}` ({parameters / 1e6:.2f} M parameters) for images of shape
 {tuple(flow.event_shape)} and {flow.config["num_classes"]} classes, with {pca.rank} principal components per class,
