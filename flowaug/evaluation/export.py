@@ -2,6 +2,7 @@
 
 import io
 import json
+import reprlib
 import tarfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,8 @@ from flowaug.mixup.transform import FlowMixupTransform
 
 FORMATS = ("folder", "webdataset")
 MANIFEST = "export.json"
+INVALID = '/\\:*?"<>|'  # in names of files on some system
+MAX_NAME = 200  # bytes; file systems allow 255
 
 
 def export(
@@ -134,6 +137,9 @@ def _create_writer(
     """Write or check the manifest of the folder and return a writer."""
     if layout not in FORMATS:
         raise ValueError(f"layout is {layout!r}; expected one of {FORMATS}")
+    if split != _file_name(split):
+        raise ValueError(f"split is {split!r}; expected a name without {INVALID}, such as train or val")
+    _check_name(split, "split")
     names = _folder_names(class_names)
     _check_manifest(folder, manifest, class_names)
     if layout == "webdataset":
@@ -226,9 +232,26 @@ class ShardWriter:
         write_atomic(self.path(chunk), buffer.getvalue())
 
 
+def _file_name(name: str) -> str:
+    return "".join("_" if c in INVALID else c for c in name)
+
+
+def _check_name(name: str, what: str) -> None:
+    """Check that a name is that of a file or folder inside the one that it is put in."""
+    encodable = "\0" not in name and not any("\ud800" <= c <= "\udfff" for c in name)
+    size = len(name.encode()) if encodable else 0
+    if not encodable or not name.strip(". ") or size > MAX_NAME:
+        raise ValueError(
+            f"{what} is {reprlib.repr(name)} and cannot be that of a folder; expected 1 to {MAX_NAME} bytes of UTF-8 "
+            "that are not dots and spaces only; rename it, or give other class names"
+        )
+
+
 def _folder_names(class_names: Sequence[str]) -> list[str]:
     """Return the class names with characters that are invalid in file names replaced by underscores."""
-    names = ["".join("_" if c in '/\\:*?"<>|' else c for c in name) for name in class_names]
+    names = [_file_name(name) for name in class_names]
+    for label, name in enumerate(names):
+        _check_name(name, f"the name of class {label}")
     if len(set(names)) < len(names):
         raise ValueError(f"some classes have the same folder name: {sorted(names)}; rename the classes")
     return names
@@ -242,7 +265,12 @@ def _check_manifest(folder: Path, manifest: dict, class_names: Sequence[str]) ->
         write_json(path, {**manifest, "class_names": list(class_names)})
         return
 
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        found = error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged ({found}); delete {folder} or choose another folder")
     for key, value in manifest.items():
         if found.get(key) != value:
             raise ValueError(

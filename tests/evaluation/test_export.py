@@ -150,3 +150,29 @@ def test_clashing_class_names(tmp_path):
     data = ImageDataset(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], ("a/b", "a:b"))
     with pytest.raises(ValueError, match="rename the classes"):
         export(transform(), data, tmp_path)
+
+
+NO_FOLDERS = ["", ".", "..", "... .", " ", "a\0b", "caf\udce9", "x" * 300, "é" * 150]
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
+def test_class_names_that_are_no_folders_are_refused_before_anything_is_written(tmp_path, name):
+    data = ImageDataset(np.zeros((2, 8, 8, 3), np.uint8), [0, 1], ("ant", name))
+    with pytest.raises(ValueError, match=r"the name of class 1 is .*rename"):
+        export(transform(), data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", ["../evil", "..", "", "a/b", "a\0b"])
+def test_splits_that_leave_the_folder_are_refused(tmp_path, split):
+    for layout in ("folder", "webdataset"):
+        with pytest.raises(ValueError, match="split is"):
+            export(transform(), images(), tmp_path / "out", split=split, layout=layout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "null", "{", "[" * 100_000])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=r"export.json is damaged"):
+        export(transform(), images(), tmp_path)
