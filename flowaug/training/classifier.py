@@ -20,7 +20,7 @@ from flowaug.data.transforms import DataConfig, Preprocess
 from flowaug.files import pack, write_atomic, write_json
 from flowaug.flows.checkpoint import CONFIG, WEIGHTS
 from flowaug.training.options import DEFAULT_EPOCHS, ClassifierOptions, ClassifierTrainingOptions, ScheduleOptions
-from flowaug.training.weights import weight_keywords
+from flowaug.training.weights import describe_misfit, weight_keywords
 
 
 def create_classifier(
@@ -42,7 +42,13 @@ def create_classifier(
     keywords = weight_keywords(options.model, options.pretrained, options.checkpoint, options.model_kwargs)
     if not load_weights and options.checkpoint is None:
         keywords = {"pretrained": False}
-    model = _create_model(options.model, constructor_options(options, num_classes, channels) | keywords)
+    try:
+        model = _create_model(options.model, constructor_options(options, num_classes, channels) | keywords)
+    except (RuntimeError, LookupError, AttributeError) as error:
+        if options.checkpoint is None:
+            raise
+        message = describe_misfit(options.checkpoint, options.model, keywords, channels, error)
+        raise ValueError(message) from error
     pretrained_cfg(model).pop("state_dict", None)  # or every copy of the model would copy the checkpoint too
     return model, data_config(options, model, channels)
 

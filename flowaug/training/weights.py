@@ -8,7 +8,7 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".pth.tar")
 
 
 def weight_keywords(
@@ -63,7 +63,7 @@ def read_checkpoint(path: Path, name: str, model_kwargs: dict[str, Any] | None =
         FileNotFoundError: there is no such file.
         ValueError: the file holds no weights, or those of another architecture.
     """
-    if not Path(path).is_file() or Path(path).suffix not in WEIGHT_FILES:
+    if not Path(path).is_file() or not Path(path).name.endswith(WEIGHT_FILES):
         raise FileNotFoundError(f"no weights at {str(path)!r}; expected a file ending in {', '.join(WEIGHT_FILES)}")
     try:
         tensors = load_state_dict(str(path), weights_only=True)
@@ -76,6 +76,32 @@ def read_checkpoint(path: Path, name: str, model_kwargs: dict[str, Any] | None =
     if set(expected) & set(tensors):
         return tensors
     return _match_by_order(tensors, expected, path, name)
+
+
+def describe_misfit(path: Path, model: str, keywords: dict[str, Any], channels: int, error: Exception) -> str:
+    """Return one sentence on why the weights of a file do not fit a model.
+
+    Args:
+        path: the file.
+        model: timm model.
+        keywords: result of :func:`weight_keywords`.
+        channels: channels of the data.
+        error: what loading them raised.
+    """
+    config = timm.models.get_pretrained_cfg(model.split(":")[-1])
+    stem = config.first_conv if config is not None and isinstance(config.first_conv, str) else ""
+    weight = keywords["pretrained_cfg_overlay"]["state_dict"].get(f"{stem}.weight")
+    if weight is not None and weight.ndim == 4 and weight.shape[1] not in (3, channels):
+        found = f"{weight.shape[1]} channel{'s' if weight.shape[1] > 1 else ''}"
+        return (
+            f"{path} holds weights of {model!r} for images of {found}, the data has {channels}; give weights for "
+            f"images of {channels} or 3 channels"
+        )
+    reason = " ".join(" ".join(str(error).splitlines()[1:2] or [str(error)]).split())[:150]
+    return (
+        f"{path} does not fit {model!r}, it is of another architecture ({reason}); give the model that it belongs to "
+        "with --model, and its arguments with --model-kwargs"
+    )
 
 
 def _match_by_order(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path, name: str) -> dict:

@@ -107,6 +107,29 @@ def test_names_of_another_code_base_are_matched_by_order(tmp_path):
         read_checkpoint(tmp_path / "w.pth", "test_resnet")
 
 
+MISFITS = [
+    ("test_vit2", {}, r"w.safetensors does not fit 'test_vit', it is of another architecture"),
+    ("test_vit", {"in_chans": 1}, r"'test_vit' for images of 1 channel, the data has 3"),
+    ("test_vit", {"in_chans": 4}, r"'test_vit' for images of 4 channels, the data has 3"),
+    ("test_vit", {"depth": 2}, r"another architecture \(Missing key\(s\)"),
+    ("test_vit", {"embed_dim": 32}, "another architecture"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), MISFITS)
+def test_weights_that_do_not_fit_are_one_sentence(tmp_path, name, changes, message):
+    save_file(timm.create_model(name, num_classes=3, **changes).state_dict(), tmp_path / "w.safetensors")
+    chosen = options("--model", "test_vit", "--checkpoint", str(tmp_path / "w.safetensors"))
+    with pytest.raises(ValueError, match=message) as error:
+        create_classifier(chosen.classifier, 3, 3)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_a_pth_tar_are_read(tmp_path):
+    torch.save({"state_dict": trained(3, 1)}, tmp_path / "w.pth.tar")
+    assert read_checkpoint(tmp_path / "w.pth.tar", "test_resnet").keys() == trained(3, 1).keys()
+
+
 class Evil:
     def __reduce__(self):
         return print, ("unpickled",)
