@@ -2,8 +2,8 @@
 
 ``examples/timm_train.patch`` adds three lines to timm's ``train.py``::
 
-    from flowaug.timm import wrap_loader
-    group.add_argument('--flow-aug', nargs='*', default={}, action=utils.ParseKwargs)  # flow=runs/flow p=0.5
+    from flowaug.timm import FlowAugAction, wrap_loader
+    group.add_argument('--flow-aug', nargs='*', default={}, action=FlowAugAction)  # flow=runs/flow p=0.5
     loader_train, mixup_fn = wrap_loader(loader_train, mixup_fn, data_config=data_config, **args.flow_aug)
 """
 
@@ -21,6 +21,8 @@ from torch import Tensor, distributed
 
 from flowaug.flows.flow import Flow
 from flowaug.latents.pca import ClasswisePCA
+from flowaug.mixup.settings import FlowAugAction as FlowAugAction
+from flowaug.mixup.timm_mixup import HalfMixup
 from flowaug.mixup.transform import FlowMixupTransform
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ BatchTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 NAFLEX = "NaFlex loaders yield dictionaries of patches, not images (B, C, H, W); leave out --naflex-loader"
 AUGMIX = "AugMix splits hold several copies of each image and its loss compares them; leave out --aug-splits"
+AS_TEXT = (
+    "a folder or name as text, a FlowMixupTransform, or (flow, pca); read the option with "
+    "action=flowaug.timm.FlowAugAction"
+)
 SOFT = (
     "flow mixup mixes images of the same class and needs integer labels (B,); apply it before Mixup and without "
     "multi-label targets"
@@ -120,15 +126,6 @@ class FlowLoader:
         return getattr(self._inner, name)
 
 
-class HalfMixup(Mixup):
-    """Mixup in mode "half": one half of the batch is mixed into the other. timm has this as a collate function only."""
-
-    def __call__(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix images (B, C, H, W) with labels (B,) to images (B/2, C, H, W) and soft labels (B/2, K)."""
-        x, target = super().__call__(x, target)
-        return x[: len(x) // 2], target[: len(target) // 2]
-
-
 def wrap_loader(
     loader,
     mixup_fn: BatchTransform | None = None,
@@ -160,7 +157,7 @@ def wrap_loader(
         ValueError: if training uses NaFlex, AugMix or multi-label targets, the loader has started, or its normalisation
             or classes differ from the flow's.
     """
-    if flow is None:
+    if flow is None and not keywords:
         return loader, mixup_fn
     layers = list(_layers(loader))
     _check_loader(layers, mixup_fn)
@@ -245,7 +242,9 @@ def _transform_steps(part) -> Iterator[list]:
             yield steps
 
 
-def _flow_mixup(flow: FlowSource, layers: list, data_config: Mapping | None, keywords: dict) -> FlowMixupTransform:
+def _flow_mixup(flow, layers: list, data_config: Mapping | None, keywords: dict) -> FlowMixupTransform:
+    if not isinstance(flow, str | Path | FlowMixupTransform | tuple):
+        raise ValueError(f"flow is {flow!r} of type {type(flow).__name__}; expected {AS_TEXT}")
     mean, std = _normalisation(layers[0], data_config)
     if isinstance(flow, FlowMixupTransform):
         _check_transform(flow, mean, std, keywords)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_dataset, create_loader, create_naflex_loader
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
-from timm.utils import ParseKwargs
 
 from flowaug import FlowMixupTransform, save_flow
-from flowaug.timm import FlowLoader, wrap_loader
+from flowaug.timm import FlowAugAction, FlowLoader, wrap_loader
 from tests.conftest import NAMES, make_flow, make_pca
 
+PATCH = Path(__file__).resolve().parents[1] / "examples" / "timm_train.patch"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 CONFIG = {"input_size": (3, 8, 8), "mean": MEAN, "std": STD}
 PLAIN_CROP = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "color_jitter": 0.0}
@@ -217,11 +218,43 @@ def test_flow_as_folder_transform_or_none(photos, flow, pca, tmp_path):
     assert wrap_loader(original, mixup_fn) == (original, mixup_fn)
 
 
-def test_option_of_the_patch():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--flow-aug", nargs="*", default={}, action=ParseKwargs)
-    given = parser.parse_args(["--flow-aug", "flow=/runs/flow", "p=0.5", "luminance=True"]).flow_aug
-    assert given == {"flow": "/runs/flow", "p": 0.5, "luminance": True}
+def parsed(*values):
+    """What the patch's line makes of ``--flow-aug VALUES``."""
+    line = next(line for line in PATCH.read_text().splitlines() if "--flow-aug" in line)
+    group = argparse.ArgumentParser()
+    exec(line[1:], {"group": group, "FlowAugAction": FlowAugAction})
+    return group.parse_args(["--flow-aug", *values] if values else []).flow_aug
+
+
+@pytest.mark.parametrize(
+    "flow",
+    ["/runs/flow", "runs/lr=0.1", "runs/my flow", "2024", "None", "True", "007", "1e3", "(1, 2)", "'q'", "hf-hub:o/n"],
+)
+def test_the_flow_of_the_patch_stays_text(flow):
+    assert parsed(f"flow={flow}", "p=0.5", "luminance=True", "partner=batch") == {
+        "flow": flow,
+        "p": 0.5,
+        "luminance": True,
+        "partner": "batch",
+    }
+
+
+def test_without_the_option_of_the_patch_nothing_changes():
+    assert parsed() == {}
+    assert wrap_loader([], None, **parsed()) == ([], None)
+
+
+@pytest.mark.parametrize("values", [("runs/flow",), ("p=0.5",), ("flow=",), ("flow=a", "p"), ("flow=a", "=1")])
+def test_values_that_are_no_pairs_end_with_a_message(values, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*values)
+    assert "expected flow=FOLDER and KEY=VALUE pairs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flow", [None, 2024, 0.5, True, ["digits"]])
+def test_a_flow_that_is_not_text_is_refused(photos, flow):
+    with pytest.raises(ValueError, match=r"expected a folder or name as text.*FlowAugAction"):
+        wrap_loader(loader(photos), None, flow, CONFIG, p=0.5)
 
 
 def test_counts_are_logged_after_each_epoch(photos, flow, pca, caplog):

@@ -296,4 +296,4 @@ def check_batch_size(batch_size: int, share: int, drop_last: bool) -> None:
 
 def mix_seed(*numbers: int) -> int:
     """Return a 63-bit seed that depends on all numbers and their order, so (0, 1) and (1, 0) differ."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1  # NumPy 1 cannot shift a uint64

@@ -17,6 +17,7 @@ from flowaug.data.transforms import DataConfig, Preprocess, eval_transform, trai
 from flowaug.data.wds.dataset import StreamDataset
 from flowaug.evaluation.pictures import draw_augmented
 from flowaug.mixup.offline import AugmentedCopies
+from flowaug.mixup.timm_mixup import mix_any_batch
 from flowaug.mixup.transform import FlowMixupTransform
 from flowaug.training.options import ClassifierTrainingOptions, ClassifierTransformOptions, FlowAugOptions
 
@@ -58,20 +59,6 @@ class BatchPipeline:
             x, y = mix_any_batch(self.mixup, x, y)
         x = self.preprocess(x)
         return (x if self.erasing is None else self.erasing(x)), y
-
-
-def mix_any_batch(mixup: Mixup, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply timm's Mixup, which mixes image i with image B - 1 - i, also to an odd number B of images.
-
-    In an odd batch the image in the middle is mixed with its own copy, so it stays as it is.
-    """
-    half, odd = divmod(len(x), 2)
-    if not odd:
-        return mixup(x, y)
-    rows = torch.cat([torch.arange(half + 1), torch.arange(half, len(x))]).to(x.device)
-    x, y = mixup(x[rows], y[rows])
-    kept = torch.cat([torch.arange(half + 1), torch.arange(half + 2, len(x))]).to(x.device)
-    return x[kept], y[kept]
 
 
 def _is_on(off_epoch: int | None, epoch: int) -> bool:

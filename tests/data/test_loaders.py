@@ -1,15 +1,33 @@
 import itertools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from flowaug.data import ImageDataset
-from flowaug.data.loaders import batches, create_loader, endless_batches
+from flowaug.data.loaders import batches, create_loader, endless_batches, mix_seed
 
 IMAGES = torch.arange(22, dtype=torch.uint8).reshape(11, 2, 1, 1) * 11  # the first pixel of image i is 22 i
 LABELS = np.arange(11)
+
+
+def test_seeds_need_no_numpy_2(monkeypatch):
+    """A uint64 of NumPy 1 cannot be shifted by an int."""
+    word = SimpleNamespace(generate_state=lambda *_: [Word(2**64 - 1)])
+    monkeypatch.setattr(np.random, "SeedSequence", lambda numbers: word)
+    assert mix_seed(0, 1) == 2**63 - 1
+
+
+class Word:
+    """An integer that converts to int and does nothing else."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __int__(self):
+        return self.value
 
 
 def labels_of(**options):
