@@ -23,7 +23,7 @@ def _check_levels(levels: int) -> None:
 
 
 def quantise(x: Tensor, levels: int = 256) -> Tensor:
-    """Round pixel values to the nearest grey level.
+    """Round pixel values, such as a flow's samples, to the nearest grey level.
 
     Args:
         x: image of any shape, floating point, in [0, 1].
@@ -37,6 +37,29 @@ def quantise(x: Tensor, levels: int = 256) -> Tensor:
     """
     _check_levels(levels)
     return (x.clamp(0, 1) * (levels - 1)).round() / (levels - 1)
+
+
+def reduce_levels(x: Tensor, levels: int = 256) -> Tensor:
+    """Reduce an 8-bit image to fewer grey levels.
+
+    Fewer bits keep the leading bits of each value, as in Glow and its successors: of the 256 values each of 32 levels
+    gets 8. Numbers of levels that are no power of 2 below 256 belong to images that have only these: they are rounded.
+
+    Args:
+        x: image of any shape, floating point, in [0, 1].
+        levels: number of grey levels.
+
+    Returns:
+        An image of the same shape in [0, 1], on the grid ``k / (levels - 1)``.
+
+    Raises:
+        ValueError: if ``levels`` is not an integer of at least 2.
+    """
+    _check_levels(levels)
+    if levels >= 256 or 256 % levels:
+        return quantise(x, levels)
+    value = (x.clamp(0, 1) * 255).round()
+    return (value * levels / 256).floor() / (levels - 1)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -74,13 +97,13 @@ def dequantise(x: Tensor, levels: int = 256, generator: torch.Generator | None =
         generator: random generator for the noise, on the device of ``x``; None uses the global one.
 
     Returns:
-        ``quantise(x) + u``, with ``u`` uniform within ±½ cell.
+        ``reduce_levels(x) + u``, with ``u`` uniform within ±½ cell.
 
     Raises:
         ValueError: if ``levels`` is not an integer of at least 2.
     """
     noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return quantise(x, levels) + (noise - 0.5) / (levels - 1)
+    return reduce_levels(x, levels) + (noise - 0.5) / (levels - 1)
 
 
 def bits_per_dim(log_prob: Tensor, dim: int, levels: int = 256) -> Tensor:
