@@ -1,6 +1,7 @@
 """What a training writes and prints: metrics over steps, and messages before and after it."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,27 @@ class RunningMean:
     def load_state_dict(self, state: dict) -> None:
         """Restore what ``state_dict`` returned."""
         self.total, self.count = state["total"].to(self.total.device), state["count"]
+
+
+def chance_warning(nf_acc: float, targets: Tensor, num_classes: int) -> str:
+    """Return a warning for a flow whose latents tell the classes apart no better than guessing, or "".
+
+    Chance is the larger of 1 / K and the share of the most frequent class, plus two standard errors.
+
+    Args:
+        nf_acc: fraction of the validation images whose latents are classified correctly.
+        targets: labels (N,) of the validation images.
+        num_classes: number of classes K.
+    """
+    count = len(targets)
+    chance = max(1 / num_classes, torch.bincount(targets, minlength=num_classes).max().item() / count)
+    if nf_acc > chance + 2 * math.sqrt(chance * (1 - chance) / count):
+        return ""
+    return (
+        f"NF-Acc is {nf_acc:.3f} on {count} validation images, which is not above chance ({chance:.3f}): the flow has "
+        "not learned the classes, and mixing with it may change labels; train longer (--steps, --max-epochs), add "
+        "images, or use another flow"
+    )
 
 
 def order_warning(aa: str | None, copies: int | None, streamed: bool) -> str:

@@ -33,7 +33,7 @@ from flowaug.training.flow_batches import FlowBatches, augment
 from flowaug.training.flow_folder import write_flow_folder
 from flowaug.training.flow_setup import create, fit_schedule, initialise, learning_rate, read_table
 from flowaug.training.gaussian_schedule import GaussianSchedule
-from flowaug.training.logs import MetricsLog
+from flowaug.training.logs import MetricsLog, chance_warning
 from flowaug.training.optimizers import flow_optimizer
 from flowaug.training.options import TrainFlowOptions
 from flowaug.training.options.command_line import parse_options
@@ -179,6 +179,9 @@ class FlowTraining:
         pca = fit_pca(final, table, self.device, options.flow.rank, partners, reduce, moments)
         moments = reduced(moments, reduce)
         self.log.note("train_seconds", round(time.time() - self.began, 1))
+        if warning := chance_warning(self.log.last["nf_acc"], self.val.targets, table.num_classes):
+            self.log.note("warning", warning)
+            self.accelerator.print(f"warning: {warning}")
         if self.main:
             decisive = options.training_options()
             write_flow_folder(options.run.output, final, pca, moments, dataset, table, self.val, decisive, self.log)

@@ -1,11 +1,14 @@
-"""What a training leaves: the mean loss of the steps since the last reading."""
+"""What a training leaves: the mean loss of the steps since the last reading, a warning of a flow without classes."""
+
+import json
 
 import pytest
 import torch
 import yaml
 
+from flowaug.training import train_flow
 from flowaug.training.flow_folder import model_card
-from flowaug.training.logs import RunningMean
+from flowaug.training.logs import RunningMean, chance_warning
 
 
 def mean_of(*losses):
@@ -54,3 +57,32 @@ def test_names_cannot_change_the_model_card(flow, pca, name):
     assert len(headings) == 3
     assert "<script>" not in text
     assert "[click]" not in text
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "counts", "warns"),
+    [
+        (0.1, [100] * 10, True),
+        (0.115, [100] * 10, True),  # within two standard errors of 0.1
+        (0.13, [100] * 10, False),
+        (0.9, [90, 10], True),  # always the frequent class
+        (0.97, [90, 10], False),
+        (0.6, [3, 3, 3], True),  # nine images cannot tell
+        (1.0, [3, 3, 3], False),
+        (0.5, [5, 0], True),  # a class without validation images
+    ],
+)
+def test_accuracy_at_chance_is_warned_of(accuracy, counts, warns):
+    targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert bool(chance_warning(accuracy, targets, len(counts))) == warns
+
+
+@pytest.mark.parametrize(("length", "warns"), [(["--steps", "2"], True), (["--quick"], False)])
+def test_a_flow_that_has_not_learned_the_classes_says_so(length, warns, tmp_path, capsys):
+    options = [*length, "--estimator", "unit"] if warns else length
+    train_flow.main([*options, "--rank", "2", "--cpu", "--output", str(tmp_path)])
+    metrics, printed = json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out
+    assert ("warning" in metrics) == ("is not above chance" in printed) == warns
+    if warns:
+        assert metrics["warning"].startswith(f"NF-Acc is {metrics['nf_acc']:.3f} on 359 validation images")
+        assert "is not above chance" in (tmp_path / "README.md").read_text()
