@@ -64,6 +64,14 @@ class Killed(BaseException):
     """Stands for a process that ends between two steps."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """The folder of cached results: not that of the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWAUG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def killed_at(monkeypatch):
     """``killed_at(step, main, options)``: run a script until it has saved that step; returns the steps saved."""

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from flowaug.files import (
+    cache_folder,
     leftovers,
     markdown_table,
     markdown_text,
@@ -25,6 +26,19 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device.*free some space"):
         write_atomic(path, b"new")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "folder"),
+    [("/a", "/b", "/a"), (None, "/b", "/b/flowaug"), ("", "", "/home/me/.cache/flowaug"), ("~/c", None, "/home/me/c")],
+)
+def test_the_cache_folder_is_chosen_by_the_environment(monkeypatch, own, shared, folder):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in (("FLOWAUG_CACHE", own), ("XDG_CACHE_HOME", shared)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert str(cache_folder()) == folder
 
 
 def test_write_creates_parent_folders_and_replaces_the_file(tmp_path):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,15 @@ from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class Probe(NamedTuple):
+    """What opening an image file showed: PIL mode, (height, width), and what is wrong with its header or its pixels."""
+
+    mode: str = ""
+    size: tuple[int, int] = (0, 0)
+    header_fault: str | None = None
+    pixel_fault: str | None = None
 
 
 def check_readable(paths: Sequence[Path], decode: bool = True) -> list[str]:
@@ -25,14 +35,29 @@ def check_readable(paths: Sequence[Path], decode: bool = True) -> list[str]:
     Raises:
         ValueError: some files are truncated or are not images; the message names the first and counts them.
     """
-    probes = list(parallel_map(lambda path: _probe(path, decode), paths, "checking images"))
-    bad = [(path, fault) for path, (_, fault) in zip(paths, probes, strict=True) if fault]
-    if bad:
+    probes = list(parallel_map(lambda path: probe(path, decode), paths, "checking images"))
+    faults = {i: fault for i, found in enumerate(probes) if (fault := found.header_fault or found.pixel_fault)}
+    raise_faults(paths, faults, len(paths))
+    return [found.mode for found in probes]
+
+
+def raise_faults(paths: Sequence[Path], faults: Mapping[int, str], count: int) -> None:
+    """Raise an error if there are bad files.
+
+    Args:
+        paths: image files.
+        faults: ``{index in paths: description}`` of the bad files.
+        count: number of files that were checked.
+
+    Raises:
+        ValueError: there is a fault; the message names the first bad file and counts them.
+    """
+    if faults:
+        first = min(faults)
         raise ValueError(
-            f"{bad[0][0]} cannot be read as an image ({bad[0][1]}); {len(bad)} of {len(paths)} files are "
+            f"{paths[first]} cannot be read as an image ({faults[first]}); {len(faults)} of {count} files are "
             "bad. Every image must decode completely: delete or replace the bad files and run again"
         )
-    return [mode for mode, _ in probes]
 
 
 def grey_or_rgb(modes: Iterable[str]) -> int:
@@ -73,14 +98,17 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _probe(path: Path, decode: bool) -> tuple[str, str | None]:
-    """Return the PIL mode of a file and a description of its error (None if there is none)."""
+def probe(path: Path, decode: bool) -> Probe:
+    """Open an image file, and decode it too if ``decode`` is true."""
+    found = Probe()
     try:
         with Image.open(path) as image:
+            found = Probe(image.mode, (image.height, image.width))
             if image.mode == "F":
-                return image.mode, "float pixels have no known range; save it with 8 or 16 bits"
+                return found._replace(header_fault="float pixels have no known range; save it with 8 or 16 bits")
             if decode:
                 image.load()
-            return image.mode, None
+            return found
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        return "", describe_error(error)
+        is_header = found.mode == ""
+        return found._replace(**{"header_fault" if is_header else "pixel_fault": describe_error(error)})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flowaug.data.class_map import check_class_counts
-from flowaug.data.image_files import IMAGE_SUFFIXES, check_readable, grey_or_rgb
+from flowaug.data.image_files import IMAGE_SUFFIXES, grey_or_rgb
 from flowaug.data.images import ImageDataset
+from flowaug.data.survey import FolderSurvey
 from flowaug.files import files_below
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "test")}
@@ -73,7 +76,7 @@ def _check_same_classes(train: list[str], val: list[str], folder: Path) -> None:
         )
 
 
-def load_folder(root: Path, split: str) -> ImageDataset:
+def load_folder(root: Path, split: str, decode: bool = False) -> ImageDataset:
     """Open one split of an image folder.
 
     The images have 1 channel if those of ``train/`` and ``val/`` are all greyscale, else 3, so that both splits agree.
@@ -81,6 +84,8 @@ def load_folder(root: Path, split: str) -> ImageDataset:
     Args:
         root: folder with ``train/`` and ``val/``.
         split: "train" or "val".
+        decode: whether the next step is ``ImageDataset.check``: all files of the split are decoded at once. With the
+            training images, those of validation are decoded too.
 
     Raises:
         FileNotFoundError: the folder or the split does not exist.
@@ -94,8 +99,27 @@ def load_folder(root: Path, split: str) -> ImageDataset:
     counts = {name: len(paths) for name, paths in classes.items()}
     check_class_counts(counts, 2 if split == "train" else 1, str(find_split(root, split)))
 
-    all_paths = [path for by_class in splits.values() for paths in by_class.values() for path in paths]
-    channels = grey_or_rgb(check_readable(all_paths, decode=False))
     images = [path for paths in classes.values() for path in paths]
     targets = np.repeat(np.arange(len(classes)), list(counts.values()))
-    return ImageDataset(images, targets, list(classes), name=root.resolve().name, channels=channels, root=root)
+    files = {name: [p for paths in by_class.values() for p in paths] for name, by_class in splits.items()}
+    known = survey_splits(root, files, split, decode)
+    return ImageDataset(images, targets, list(classes), name=root.resolve().name, root=root, **known)
+
+
+def survey_splits(root: Path, files: Mapping[str, Sequence[Path]], split: str, decode: bool) -> dict[str, Any]:
+    """Open all image files of a data set once, and return arguments of ``ImageDataset`` for one split.
+
+    Args:
+        root: folder of the data set.
+        files: image files of the splits, "train" first.
+        split: "train" or "val".
+        decode: decode the files of the split, see ``load_folder``.
+
+    Raises:
+        ValueError: a file is not an image.
+    """
+    survey = FolderSurvey(root, [path for paths in files.values() for path in paths])
+    decoded = {"train": tuple(files), "val": ("val",)}[split] if decode else ()
+    survey.open(np.repeat([name in decoded for name in files], [len(paths) for paths in files.values()]))
+    first = 0 if split == "train" else len(files["train"])
+    return {"channels": grey_or_rgb(survey.modes()), "image_size": survey.size(first), "survey": survey}

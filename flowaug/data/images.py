@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowaug.data.image_files import check_readable, grey_or_rgb, parallel_map, to_mode
+from flowaug.data.survey import FolderSurvey
 
 
 class ImageDataset(Dataset):
@@ -32,6 +33,8 @@ class ImageDataset(Dataset):
         grey_levels: number of different pixel values.
         transform: applied to each PIL image on access; None returns the PIL image.
         root: folder to which the paths are relative in ``fingerprint``.
+        image_size: (H, W) of the first image; None takes it from the array or the header of the first file.
+        survey: what is known of the files from an earlier look, so that ``check`` does not open them again.
 
     Attributes:
         targets: int64 array (N,).
@@ -54,18 +57,21 @@ class ImageDataset(Dataset):
         grey_levels: int = 256,
         transform: Callable | None = None,
         root: str | Path | None = None,
+        image_size: tuple[int, int] | None = None,
+        survey: FolderSurvey | None = None,
     ):
-        self.images = images if isinstance(images, np.ndarray | range) else [Path(path) for path in images]
+        self.images = images if isinstance(images, np.ndarray | range) else _as_paths(images)
         self.targets = np.asarray(targets, dtype=np.int64)
         self.class_names = tuple(class_names)
         self.name = name
         self.grey_levels = grey_levels
         self.transform = transform
         self.root = root
+        self.survey = survey
 
         _check_arrays(self.images, self.targets, self.class_names)
         self.channels = channels or self._find_channels()
-        self.image_size = self._find_size()
+        self.image_size = image_size or self._find_size()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -110,7 +116,10 @@ class ImageDataset(Dataset):
         Raises:
             ValueError: some files are bad; the message names the first and counts them.
         """
-        if not self.in_memory:
+        if self.survey is not None:
+            self.survey.check(self._paths)
+            self.survey = None  # a further check opens the files; data loader processes need no copy
+        elif not self.in_memory:
             check_readable(self._paths)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageDataset:
@@ -204,6 +213,10 @@ def stack_images(dataset: ImageDataset, size: tuple[int, int], channels: int) ->
     for row, image in zip(stack, pixels, strict=True):
         row.copy_(image)
     return stack
+
+
+def _as_paths(files: Sequence[str | Path]) -> list[Path]:
+    return [file if isinstance(file, Path) else Path(file) for file in files]  # Path(Path) takes microseconds
 
 
 def _check_arrays(images, targets: np.ndarray, class_names: tuple[str, ...]) -> None:

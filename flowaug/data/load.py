@@ -32,6 +32,7 @@ def load_dataset(
     """Open and check one split of a named data set, an image folder or webdataset shards.
 
     Images are 8-bit and not normalised. Image files are decoded once to find bad ones before training starts.
+    Files that have not changed are not opened again at the next start, see ``flowaug.data.survey``.
 
     Args:
         dataset: "digits" (the default; 8×8, 17 grey levels, fixed 80/20 split), "fashion_mnist", "wds/", or a name
@@ -62,7 +63,7 @@ def load_dataset(
         return open_stream(source, split, class_map, num_classes, train_samples)
 
     _check_options(dataset, data_dir, split, images_per_class, train_samples)
-    data = _load(dataset, data_dir, split)
+    data = _load(dataset, data_dir, split, decode=images_per_class is None)
     data = _apply_class_map(data, split, class_map, num_classes)
     if images_per_class is not None:
         data = data.subset(_choose_per_class(data, images_per_class, seed))
@@ -93,11 +94,11 @@ def _apply_class_map(
     return data if class_map is None else relabel(data, classes, split)
 
 
-def _load(dataset: str | None, data_dir: Path | None, split: str) -> ImageDataset:
+def _load(dataset: str | None, data_dir: Path | None, split: str, decode: bool) -> ImageDataset:
     if is_timm(dataset):
-        return open_timm(dataset, data_dir, split)
+        return open_timm(dataset, data_dir, split, decode)
     if data_dir is not None:
-        return load_folder(data_dir, split)
+        return load_folder(data_dir, split, decode)
     return {"digits": load_digits, "fashion_mnist": load_fashion_mnist}[dataset or "digits"](split)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
-from flowaug.data.image_files import check_readable, describe_error, grey_or_rgb, parallel_map
-from flowaug.data.image_folder import find_split, missing_split
+from flowaug.data.image_files import describe_error, grey_or_rgb, parallel_map
+from flowaug.data.image_folder import find_split, missing_split, survey_splits
 from flowaug.data.images import ImageDataset
 
 PREFIXES = ("torch", "hfds", "tfds", "hfids")
@@ -74,13 +74,14 @@ def is_timm(dataset: str | None) -> TypeGuard[str]:
     return dataset is not None and "/" in dataset and dataset.partition("/")[0].lower() in PREFIXES
 
 
-def open_timm(name: str, root: Path | None, split: str) -> ImageDataset:
+def open_timm(name: str, root: Path | None, split: str, decode: bool = False) -> ImageDataset:
     """Open one split of a data set by its timm name.
 
     Args:
         name: "torch/cifar10", "torch/image_folder", "hfds/owner/name", ...
         root: folder of torchvision's files, or Hugging Face's cache folder (None: its default).
         split: "train" or "val"; for Hugging Face, "val" is the first of validation, val and test that exists.
+        decode: decode image files at once, see ``flowaug.data.image_folder.load_folder``.
 
     Raises:
         ValueError: timm does not know the name, a package is not installed, or there is no random access to images.
@@ -96,7 +97,7 @@ def open_timm(name: str, root: Path | None, split: str) -> ImageDataset:
         raise ValueError(f"dataset {name!r} needs data_dir (--data-dir); give the folder of torchvision's files")
     if prefix == "hfds":
         return _from_reader(name, {part: _create(name, root, part) for part in {"train", split}}, split)
-    return _from_torchvision(name, {part: _create(name, root, part) for part in SPLITS}, split)
+    return _from_torchvision(name, root, {part: _create(name, root, part) for part in SPLITS}, split, decode)
 
 
 def _create(name: str, root: Path | None, split: str):
@@ -139,7 +140,7 @@ def _split_names(name: str, root: Path | None, split: str) -> tuple[str, ...]:
     return (folder.name,)
 
 
-def _from_torchvision(name: str, raw: dict, split: str) -> ImageDataset:
+def _from_torchvision(name: str, root: Path | None, raw: dict, split: str, decode: bool) -> ImageDataset:
     """Convert torchvision's arrays (CIFAR, MNIST) or lists of files (ImageNet, image folders, Places365)."""
     data = raw[split]
     names = [_class_name(entry) for entry in raw["train"].classes]
@@ -149,8 +150,9 @@ def _from_torchvision(name: str, raw: dict, split: str) -> ImageDataset:
 
     files = {part: _listed_files(source, name) for part, source in raw.items()}
     paths, targets = zip(*files[split], strict=True)
-    modes = check_readable([Path(path) for part in files.values() for path, _ in part], decode=False)
-    return ImageDataset(paths, targets, names, name=name, channels=grey_or_rgb(modes), root=data.root)
+    listed = {part: [Path(path) for path, _ in pairs] for part, pairs in files.items()}
+    known = survey_splits(root or Path(data.root), listed, split, decode)
+    return ImageDataset(paths, targets, names, name=name, root=data.root, **known)
 
 
 def _listed_files(source, name: str) -> list[tuple[str, int]]:

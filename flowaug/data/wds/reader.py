@@ -6,7 +6,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from webdataset.tariterators import base_plus_ext
 
 from flowaug.data.image_files import describe_error, parallel_map, to_mode
 from flowaug.data.wds.index import ShardSet
-from flowaug.files import write_json
+from flowaug.files import cache_folder, write_json
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "ppm", "bmp")
 LABEL_KEYS = ("cls", "json", "txt")
@@ -175,11 +174,6 @@ def count_samples(shards: ShardSet) -> SampleCounts:
     except OSError:
         pass  # without a cache, the next run counts again
     return counts
-
-
-def cache_folder() -> Path:
-    """Return the folder of cached results: the environment variable FLOWAUG_CACHE or ``~/.cache/flowaug``."""
-    return Path(os.environ.get("FLOWAUG_CACHE") or "~/.cache/flowaug").expanduser()
 
 
 def sizes(shards: ShardSet) -> list[tuple[str, int]]:
