@@ -55,9 +55,9 @@ class FolderSurvey:
         """
         with _locked(self.cache):
             facts = self._read_cache()
-            unknown = np.flatnonzero((facts["mode"] == b"") | (decode & ~facts["decoded"]))
+            unknown = np.flatnonzero((facts["mode"] == b"") | (decode & ~facts["decoded"])).tolist()
             probes = parallel_map(lambda i: probe(self.paths[i], bool(decode[i])), unknown, "checking images")
-            for i, found in zip(unknown.tolist(), probes, strict=True):
+            for i, found in zip(unknown, probes, strict=True):
                 if found.header_fault:
                     self.header_faults[i] = found.header_fault
                     continue
@@ -65,7 +65,7 @@ class FolderSurvey:
                 if found.pixel_fault:
                     self.pixel_faults[i] = found.pixel_fault
                 facts[i] = (*facts[i].item()[:2], found.mode.encode(), *found.size, is_decoded)
-            if len(unknown):
+            if unknown:
                 self._write_cache(facts)
         self.facts = facts
         raise_faults(self.paths, self.header_faults, len(self.paths))
