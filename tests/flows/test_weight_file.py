@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowaug import create_flow, list_flows, load_flow, save_flow
+from flowaug.flows import registry
 from flowaug.flows.checkpoint import CONFIG, WEIGHTS
 from tests.flows.test_architectures import narrow_flow
 from tests.flows.test_config_file import edit
@@ -135,4 +136,19 @@ def test_permutations_are_checked(tmp_path, buffer):
     key = next(name for name in load_file(folder / WEIGHTS) if name.endswith(f".{buffer}"))
     rewrite(folder, put(key, lambda t: t + 1000))
     with pytest.raises(ValueError, match=r"\.order, restore or sign"):
+        load_flow(folder)
+
+
+def test_an_architecture_that_reads_values_in_its_constructor_is_loaded_too(tmp_path, monkeypatch):
+    def reader(event_shape, **overrides):
+        assert float(torch.ones(1)) == 1.0  # fails on the meta device
+        return registry._BUILDERS["vector_tiny"](event_shape, **overrides)
+
+    monkeypatch.setitem(registry._BUILDERS, "reader", reader)
+    flow = create_flow("reader", event_shape=(8,), num_classes=2, couplings=2, hidden=8, seed=5)
+    folder = save_flow(flow, tmp_path)
+    for (key, a), b in zip(flow.state_dict().items(), load_flow(folder).state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    edit(folder, overrides={"couplings": 4, "hidden": 8})
+    with pytest.raises(ValueError, match="larger flow"):
         load_flow(folder)
