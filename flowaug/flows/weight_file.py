@@ -24,7 +24,7 @@ AGAIN = "copy the whole folder again or train the flow again"
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 DTYPES = {torch.float32: FLOATS, torch.float64: FLOATS, torch.int64: {"I64"}, torch.bool: {"BOOL"}}
 LARGEST = 1e10  # of an entry; trained flows stay below 1e3, and products of larger ones overflow float32
-PROBED = 16  # class means, about
+PROBED = 2**11  # entries of class means that are decoded: 16 means of 128 dimensions, one of an image of 32×32×3
 COUNTS = ("steps", "couplings", "depth", "layers", "blocks", "num_levels")  # at least one tensor for each
 # what a constructor raises for values that do not suit it
 BUILD_ERRORS = (
@@ -253,7 +253,8 @@ def _check_order(path: Path, name: str, module: nn.Module) -> None:
 def _probe(path: Path, flow: Flow) -> None:
     """Check that a random event and some class means are mapped to finite values."""
     event = torch.rand(1, *flow.event_shape, generator=torch.Generator().manual_seed(0))
-    means = flow.gaussians.mean[:: max(1, flow.gaussians.num_classes // PROBED)]
+    count = max(1, PROBED // flow.dim)
+    means = flow.gaussians.mean[:: math.ceil(flow.gaussians.num_classes / count)]
     try:
         latent, ladj = flow.encode(event)
         results = (latent, ladj, flow.gaussians.log_joint(latent), flow.decode(means))
