@@ -27,9 +27,11 @@ def find_flow(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if the name of the repository is not valid.
+        ValueError: if the source is not text or a path, or not a valid name of a repository.
         OSError: if it cannot be downloaded.
     """
+    if not isinstance(source, str | Path):
+        raise ValueError(f"the flow is {source!r}; expected a folder, a bundled name or {HUB_FORM}")
     scheme, _, rest = str(source).partition(":")
     if scheme == "hf-hub":
         return _hub_folder(rest)

@@ -15,7 +15,7 @@ from flowaug.training.dry_run import copies_memory
 from flowaug.training.logs import order_warning
 from flowaug.training.options import DataOptions, FinetuneOptions, TrainFlowOptions
 from flowaug.training.options.recipes import resolve_options
-from flowaug.training.resume import FINISHED
+from flowaug.training.resume import FINISHED, FolderInUseError, wait_until_free
 from flowaug.training.train_flow import train_flow
 
 
@@ -53,12 +53,25 @@ def find_flow(options: FinetuneOptions, dataset, accelerator: Accelerator) -> st
         return source
     flow_options = own_flow_options(options, dataset)
     folder = flow_options.run.output
-    if (folder / FINISHED).is_file():
-        accelerator.print(f"using the flow trained for this data set earlier: {folder}")
-        return folder
-    accelerator.print(f"there is no flow for this data set yet; training one first, kept in {folder}")
-    train_flow(flow_options, accelerator)
+    if not (folder / FINISHED).is_file():
+        accelerator.print(f"there is no flow for this data set yet; training one first, kept in {folder}")
+        if _train_alone(flow_options, accelerator):
+            return folder
+    accelerator.print(f"using the flow trained for this data set earlier: {folder}")
     return folder
+
+
+def _train_alone(options: TrainFlowOptions, accelerator: Accelerator) -> bool:
+    """Train a flow, or wait while another run trains it; return whether it was trained here."""
+    folder = options.run.output
+    while not (folder / FINISHED).is_file():
+        try:
+            train_flow(options, accelerator)
+            return True
+        except FolderInUseError:
+            accelerator.print(f"another run is training this flow; waiting for it: {folder}")
+            wait_until_free(folder, accelerator.is_main_process)
+    return False
 
 
 def mixup_keywords(options: FinetuneOptions, stored: dict[str, Any], images: int, num_classes: int) -> dict[str, Any]:

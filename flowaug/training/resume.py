@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowaug.files import leftovers, pack, write_atomic, write_json
-from flowaug.training.runtime import StoppedError, StopRequest
+from flowaug.training.runtime import StoppedError, StopRequest, any_process
 
 LOCK_TIMEOUT_S = 10  # the data loader workers of a killed run notice it after 5 seconds
 STATE, PREVIOUS_STATE, FINISHED = "state.safetensors", "state.previous.safetensors", "run.json"
@@ -78,6 +78,10 @@ def _checksum(tree: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class FolderInUseError(ValueError):
+    """An output folder that another run has locked."""
+
+
 @contextmanager
 def exclusive_folder(folder: Path, main: bool = True) -> Iterator[None]:
     """Lock an output folder for one run; the lock of a killed run does not hold.
@@ -87,25 +91,43 @@ def exclusive_folder(folder: Path, main: bool = True) -> Iterator[None]:
         main: whether this is the process that writes; the other processes of a run do not lock.
 
     Raises:
-        ValueError: another run has locked the folder.
+        FolderInUseError: another run has locked the folder; raised by all processes of this run.
+        OSError: the folder cannot be written to.
     """
+    lock = FileLock(folder / ".lock")
+    if any_process(main and not _acquire(lock, folder)):
+        raise FolderInUseError(f"another run is writing to {folder}; wait for it to end, or choose another --output")
     if not main:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_TIMEOUT_S)
-    except Timeout as error:
-        raise ValueError(
-            f"another run is writing to {folder}; wait for it to end, or choose another --output"
-        ) from error
     try:
         yield
     finally:
         with suppress(PermissionError):  # Windows removes the file of a lock itself
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> bool:
+    """Return whether the lock was acquired, or is another run's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise OSError(f"cannot write to the folder {folder} ({error.strerror}); choose another --output") from error
+    return True
+
+
+def wait_until_free(folder: Path, main: bool = True) -> None:
+    """Wait until no other run writes to a folder."""
+    while True:
+        try:
+            with exclusive_folder(folder, main):
+                return
+        except FolderInUseError:
+            continue
 
 
 def is_finished(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import AutocastKwargs, gather_object
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
 _KEEP_BYTES = 2**30
@@ -127,6 +127,12 @@ class StopRequest:
         return int(sum_over_processes(self.accelerator)(received)) and (self.signum or signal.SIGTERM)
 
 
+def any_process(value: bool) -> bool:
+    """Return whether the value is true on any process."""
+    initialised = distributed.is_available() and distributed.is_initialized()
+    return any(gather_object([value])) if initialised else value
+
+
 def compare_processes(value: Any, what: str) -> None:
     """Raise a ValueError unless all processes have the same value.
 
@@ -154,6 +160,19 @@ def one_sentence_errors(prog: str) -> Iterator[None]:
         sys.exit(stopped.exit_code)
     except (ValueError, OSError) as error:
         sys.exit(f"{prog}: {error}")
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        sys.exit(f"{prog}: another process of this run ended or cannot be reached; see its message ({_first(error)})")
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of a message."""
+    return str(error).partition("\n")[0]
 
 
 def shell_command(*arguments: object) -> str:

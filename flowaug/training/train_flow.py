@@ -225,6 +225,9 @@ def train_flow(options: TrainFlowOptions, accelerator: Accelerator) -> Path | No
         return options.run.output
     teachers = [load_teacher(name, sets["train"]) for name in options.gaussians.teacher or ()]
     with exclusive_folder(options.run.output, accelerator.is_main_process):
+        if is_finished(options.run.output, identity, options.run.overwrite):
+            accelerator.print(f"finished by another run meanwhile: {options.run.output}")
+            return options.run.output
         table, val = (read_table(data, sets["train"], options.flow.image_size, accelerator) for data in sets.values())
         initialise(flow, table, options)
         training = options.training
