@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,11 +64,13 @@ def steps_per_second(command: list[str], variables: dict[str, str], seconds: flo
         reader = threading.Thread(target=_read_progress, args=(run, marks))
         reader.start()
         began = time.monotonic()
-        while run.poll() is None and time.monotonic() < (marks[0][0] + seconds if marks else began + PATIENCE):
-            time.sleep(0.05)
-        run.kill()
-        run.wait()
-        reader.join()
+        try:
+            while run.poll() is None and time.monotonic() < (marks[0][0] + seconds if marks else began + PATIENCE):
+                time.sleep(0.05)
+        finally:
+            run.kill()
+            run.wait()
+            reader.join()
     if len(marks) < 2:
         raise RuntimeError(f"{command} made no steps in {PATIENCE} s")
     return (marks[-1][1] - marks[0][1]) / (marks[-1][0] - marks[0][0])
@@ -85,6 +88,7 @@ def _read_progress(run: subprocess.Popen, marks: list[tuple[float, int]]) -> Non
 def measure(variants: dict, hogs: int, rounds: int, seconds: float) -> dict[str, list[float]]:
     """Return the steps per second of each variant in each round; every second round runs in reverse order."""
     speeds: dict[str, list[float]] = {name: [] for name in variants}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the busy processes, too
     for number in range(rounds):
         for name in list(variants)[:: -1 if number % 2 else 1]:
             with busy(hogs):

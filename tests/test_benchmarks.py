@@ -428,3 +428,21 @@ def test_the_papers_tables_use_the_flows_of_the_sweep(benchmark):
     assert set(sweep.WEIGHTS) == set(layout.WEIGHTS)
     assert set(options) - set(sweep.settings()) == {"FPI, variances, λ' = 300"}
     assert all(options[name] == sweep.settings()[name] for name in options if name in sweep.settings())
+
+
+def test_startup_counts_the_files_that_a_start_opens(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    startup = importlib.import_module("startup")
+    images = startup.write_images(tmp_path / "images", 120)
+    counts = [startup.start(images, tmp_path / "cache", "count")[1:] for _ in range(2)]
+    assert counts == [(120, 1), (0, 0)]
+
+
+def test_busy_machine_compares_the_runs_of_a_round(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    busy = importlib.import_module("busy_machine")
+    lines = busy.table({"quiet": {busy.BEFORE: [2.0, 4.0], busy.AFTER: [3.0, 4.0]}}).splitlines()
+    assert lines[2:] == [
+        "| quiet | torch's defaults | 3.00 | 1.00 (1.00 to 1.00) |",
+        f"| quiet | {busy.AFTER} | 3.50 | 1.25 (1.00 to 1.50) |",
+    ]
