@@ -137,15 +137,15 @@ def pack(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) 
 def markdown_text(value: object) -> str:
     r"""Escape text for one line of markdown, such as a title or a cell of a table.
 
-    ``&``, ``<`` and ``>`` become HTML entities; a backslash is put before ``\``, ``|``, ``[``, ``]`` and backticks;
-    line breaks and control characters become spaces.
+    ``&``, ``<`` and ``>`` become HTML entities; a backslash is put before ``\``, ``|``, ``[`` and ``]``; line breaks
+    and control characters become spaces. Backticks stay: code spans have no effect beyond the line.
 
     Args:
         value: converted with ``str``.
     """
     text = html.escape(" ".join(str(value).splitlines()), quote=False)
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", " ", text)
-    return re.sub(r"([\\|\[\]`])", r"\\\1", text)
+    return re.sub(r"([\\|\[\]])", r"\\\1", text)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Iterable]) -> str:

@@ -92,7 +92,7 @@ CELLS = [
     ("two\r\nlines", "two lines"),
     ('"quoted"', '"quoted"'),
     ("a\\|b", "a\\\\\\|b"),
-    ("`code`", "\\`code\\`"),
+    ("`code`", "`code`"),
     ("![x](http://a/b.png)", "!\\[x\\](http://a/b.png)"),
     ("a\u2028# b\x0bc", "a # b c"),
     ("\x1b[2J", " \\[2J"),

@@ -68,7 +68,12 @@ def _is_encodable(text: Any) -> bool:
 def _are_names(value: Any) -> bool:
     if value is None:
         return True
-    return type(value) is list and all(map(_is_encodable, value)) and len(set(value)) == len(value)
+    return type(value) is list and all(map(_is_name, value)) and len(set(value)) == len(value)
+
+
+def _is_name(text: Any) -> bool:
+    """Return whether a value can be the name of a folder; bytes that are not UTF-8 are U+DC80 to U+DCFF (PEP 383)."""
+    return type(text) is str and _is_encodable(re.sub("[\udc80-\udcff]", "", text))
 
 
 def _is_hyperparameter(value: Any) -> bool:
@@ -101,7 +106,7 @@ KEYS = {
     "num_classes": Key("a positive integer", _integer(1, 2**31), required=True),
     "grey_levels": Key("an integer from 2 to 65536", _integer(2, 2**16), required=True),
     "overrides": Key(_OVERRIDES, _are_overrides, required=True),
-    "class_names": Key("a list of distinct UTF-8 strings, one per class, or null", _are_names),
+    "class_names": Key("a list of distinct names, one per class, or null", _are_names),
     "mixup": Key("an object", _one_of(dict)),
     "recipe": Key("an object", _one_of(dict)),
     "data": _TEXT,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from torch import distributed
 
-from flowaug.files import temporary_name, write_atomic
+from flowaug.files import write_atomic
 from flowaug.flows.checkpoint import load_flow
 from flowaug.training import flow_source, resume, runtime
 from tests.conftest import finetune_options
@@ -95,8 +95,8 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         pass
 
 
-def test_a_folder_with_the_name_of_a_temporary_file_is_named(tmp_path):
-    temporary_name(tmp_path / "state").mkdir()
+def test_a_folder_with_the_name_of_a_file_is_named(tmp_path):
+    (tmp_path / "state").mkdir()
     with pytest.raises(OSError, match=r"could not write .*state \(Is a directory\)"):
         write_atomic(tmp_path / "state", b"x")
 
@@ -114,7 +114,7 @@ def test_other_errors_keep_their_traceback():
         raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize(("source", "message"), [(None, "the flow is None"), ("hf-hub:a/b/c", "no name of a reposi")])
+@pytest.mark.parametrize(("source", "message"), [(None, "the flow is None"), ("hf-hub:a/b/c", "not the name of a reposi")])
 def test_a_flow_that_cannot_be_one_is_named(source, message):
     with pytest.raises(ValueError, match=message):
         load_flow(source)
