@@ -114,7 +114,9 @@ def test_other_errors_keep_their_traceback():
         raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize(("source", "message"), [(None, "the flow is None"), ("hf-hub:a/b/c", "not the name of a reposi")])
+@pytest.mark.parametrize(
+    ("source", "message"), [(None, "the flow is None"), ("hf-hub:a/b/c", "not the name of a reposi")]
+)
 def test_a_flow_that_cannot_be_one_is_named(source, message):
     with pytest.raises(ValueError, match=message):
         load_flow(source)
