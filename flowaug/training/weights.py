@@ -95,7 +95,7 @@ def describe_misfit(path: Path, model: str, keywords: dict[str, Any], channels: 
         found = f"{weight.shape[1]} channel{'s' if weight.shape[1] > 1 else ''}"
         return (
             f"{path} holds weights of {model!r} for images of {found}, the data has {channels}; give weights for "
-            f"images of {channels} or 3 channels"
+            f"images of {' or '.join(map(str, sorted({channels, 3})))} channels"
         )
     reason = " ".join(" ".join(str(error).splitlines()[1:2] or [str(error)]).split())[:150]
     return (
