@@ -1,6 +1,10 @@
 """Fine-tune a timm model: ``flowaug finetune`` as a script."""
 
-if __name__ == "__main__":
-    from flowaug.cli.train import run_script
+from flowaug.cli.threads import set_up_threads
 
-    run_script("finetune", prog="finetune.py")
+set_up_threads()  # before the import of torch
+
+from flowaug.training.finetune import Training, main  # noqa: E402, F401
+
+if __name__ == "__main__":
+    main(prog="finetune.py")

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-from flowaug.cli.threads import set_up_threads
-
 SUMMARIES = {
     "train-flow": "train a flow on your images",
     "finetune": "fine-tune a timm model, with or without flow augmentation",
@@ -27,11 +25,3 @@ def training_command(name: str) -> Callable[..., None] | None:
 
         return main
     return None
-
-
-def run_script(command: str, prog: str) -> None:
-    """Run a training command with the arguments of the program, as the script ``prog``."""
-    set_up_threads()  # before the import of torch
-    training = training_command(command)
-    assert training is not None
-    training(prog=prog)

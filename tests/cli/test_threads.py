@@ -54,6 +54,12 @@ def test_commands_set_the_spin_count_before_torch_is_imported(at_import_of_torch
     assert at_import_of_torch(*command)["GOMP_SPINCOUNT"] == str(threads.SPIN_COUNT)
 
 
+@pytest.mark.parametrize(("script", "names"), [("finetune", "Training, main"), ("train_flow", "FlowTraining, main")])
+def test_a_script_can_be_imported_for_its_training(script, names):
+    code = f"from {script} import {names}; from flowaug.training import {script} as ours; assert main is ours.main"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize(
     "own",
     [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3"}],
